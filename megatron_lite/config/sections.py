@@ -1,0 +1,167 @@
+"""The sections beside the model: parallelism, data, training, optimizer, checkpoints, kernels, logging."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import Section, alias
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Prefixes = str | tuple[str, ...] | tuple[tuple[float, str], ...]
+
+
+class ParallelConfig(Section):
+    """How one model is spread over ranks; data parallelism takes the ranks that remain."""
+
+    tensor: int = Field(default=1, gt=0, description="ranks that share each layer (tensor parallelism)")
+    pipeline: int = Field(
+        default=1, gt=0, description="stages the layers are divided into (pipeline parallelism)"
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="split activations between tensor-parallel regions along the sequence; needs tensor > 1",
+    )
+    pipeline_partition: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, description="transformer blocks of each stage, first to last; null: balanced by cost"
+    )
+    timeout_minutes: float = Field(
+        default=10.0, gt=0, description="minutes a collective may wait before the run is ended"
+    )
+
+
+class DataConfig(Section):
+    """What is trained on. A prefix names PREFIX.bin and PREFIX.idx."""
+
+    tokenizer: str = Field(
+        default="byte",
+        description="byte, char:FILE, word:FILE, gpt2:DIR_OR_PREFIX, hf:tokenizer.json, tiktoken:FILE or "
+        "sentencepiece:FILE",
+    )
+    train: Prefixes | None = Field(
+        default=None, description="training data: a prefix, a list of prefixes, or [[weight, prefix], ...]"
+    )
+    valid: Prefixes | None = Field(
+        default=None, description="validation data, as train; null: the part of train that split gives"
+    )
+    test: Prefixes | None = Field(
+        default=None, description="test data, as train; null: the part of train that split gives"
+    )
+    split: str = Field(
+        default="969,30,1", description="relative sizes of training, validation and test within train"
+    )
+    order: Literal["epoch", "megatron"] = Field(
+        default="epoch", description="sample order: epochs kept apart, or exactly Megatron-core's"
+    )
+    cache_dir: str | None = Field(
+        default=None, description="folder for sample indices; null: beside the data"
+    )
+    num_workers: int = Field(default=1, ge=0, description="prefetching threads; 0: none")
+    eod_mask_loss: bool = Field(default=False, description="no loss at end-of-document tokens")
+    reset_position_ids: bool = Field(default=False, description="positions restart after each document")
+    reset_attention_mask: bool = Field(default=False, description="tokens do not attend across documents")
+
+    _orders = alias("order")
+
+
+class TrainConfig(Section):
+    """The run: batch sizes, length, precision."""
+
+    micro_batch_size: int = Field(gt=0, examples=[1], description="samples a rank processes at once")
+    global_batch_size: int = Field(gt=0, examples=[1024], description="samples a step, over all ranks")
+    steps: int = Field(gt=0, examples=[100], description="optimizer steps of the whole run")
+    seed: int = Field(default=1234, ge=0, description="seed of weights, data order and dropout")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="type of weights and activations"
+    )
+    output_dir: str = Field(
+        min_length=1, examples=["runs/example"], description="folder for metrics and checkpoints"
+    )
+    exit_after_steps: int | None = Field(
+        default=None, gt=0, description="save and end after this many steps of this job; null: at steps"
+    )
+    eval_interval: int | None = Field(default=None, gt=0, description="steps between evaluations; null: none")
+    eval_steps: int = Field(default=10, gt=0, description="global batches an evaluation")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activations computed again in the backward pass"
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop", description="what a non-finite loss or gradient does"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where there is one"
+    )
+
+    _precisions = alias(
+        "precision", {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+    )
+    _recomputes = alias("recompute")
+    _nonfinite = alias("on_nonfinite")
+    _devices = alias("device", {"gpu": "cuda"})
+
+
+class OptimizerConfig(Section):
+    """AdamW and the learning-rate schedule."""
+
+    lr: float = Field(gt=0, examples=[1e-3], description="peak learning rate")
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of decay")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warmup from 0 to lr")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        default="cosine", description="shape of the decay; wsd: warmup, stable, decay"
+    )
+    decay_steps: int | None = Field(
+        default=None, gt=0, description="step at which decay ends; null: train.steps"
+    )
+    wsd_decay_steps: int | None = Field(
+        default=None, gt=0, description="wsd: steps of the last, decaying part; null: a tenth of decay_steps"
+    )
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay, on matrices only")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay rate of Adam's first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay rate of Adam's second moment")
+    eps: float = Field(default=1e-8, gt=0, description="added to the denominator of Adam's update")
+    grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    _schedules = alias("schedule", {"warmup_stable_decay": "wsd"})
+
+
+class CheckpointConfig(Section):
+    """What is saved, kept and started from."""
+
+    interval: int | None = Field(
+        default=None, gt=0, description="steps between checkpoints; null: only at the end"
+    )
+    keep: int = Field(default=2, ge=0, description="newest checkpoints kept; 0: all")
+    load: str | None = Field(default=None, min_length=1, description="checkpoint folder to start from")
+    resume: Literal["auto", "never", "required"] = Field(
+        default="auto", description="whether to go on from the newest checkpoint in train.output_dir"
+    )
+
+    _resumes = alias("resume")
+
+
+class KernelsConfig(Section):
+    """Which implementation serves each operation."""
+
+    attention: Literal["auto", "sdpa", "reference"] = Field(default="auto", description="attention kernel")
+    cpu_allocator: bool = Field(default=True, description="tune the CPU allocator for large tensors")
+
+    _attentions = alias("attention")
+
+
+class LoggingConfig(Section):
+    """What is reported, and where."""
+
+    interval: int = Field(default=1, gt=0, description="steps between lines on the console")
+    tensorboard: bool = Field(default=False, description="write TensorBoard files in train.output_dir")
+    wandb_project: str | None = Field(
+        default=None, min_length=1, description="Weights & Biases project; null: none"
+    )
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="peak TFLOP/s of one device, for MFU; null: known for the device"
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe message shown"
+    )
+
+    _levels = alias("level", {"warn": "warning"})
