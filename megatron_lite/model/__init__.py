@@ -1,0 +1,1 @@
+"""The GPT model, defined once as a list of named layers."""

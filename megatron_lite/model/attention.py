@@ -1,0 +1,89 @@
+"""Causal self-attention with grouped queries; heads are split over the tensor ranks."""
+
+import math
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_lite.config import ModelConfig
+from megatron_lite.model.norm import Norm
+from megatron_lite.model.rotary import Rotary
+from megatron_lite.model.runtime import Context, Runtime
+from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.parallel.random import dropout_mask, place_seed
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
+
+    The query/key/value projection is laid out by key/value group: for each group its query heads, its key head,
+    its value head. So a slice of its rows is a whole number of groups, on any layout.
+
+    Shapes:
+        x [b, s, h] (or [b, s/t, h] under sequence parallelism) -> the same.
+    """
+
+    def __init__(
+        self, name: str, layer: int, config: ModelConfig, runtime: Runtime, rotary: Rotary | None
+    ) -> None:
+        super().__init__()
+        build, mesh = runtime.build, runtime.mesh
+        self.name, self.layer, self.rotary = name, layer, rotary
+        self.mesh, self.ops, self.dropout = mesh, runtime.ops, config.attention_dropout
+        self.selective = runtime.recompute == "selective"
+        self.head_dim = config.head_dim
+        self.groups = config.query_groups // mesh.tensor_size  # held by this rank
+        self.heads_per_group = config.num_attention_heads // config.query_groups
+        rows = config.query_groups * (self.heads_per_group + 2) * self.head_dim
+        width = config.num_attention_heads * self.head_dim
+        std = config.init_method_std
+        self.linear_qkv = ColumnParallelLinear(
+            f"{name}.linear_qkv", config.hidden_size, (rows,), build, bias=config.qkv_bias, std=std
+        )
+        self.q_layernorm = self.k_layernorm = None
+        if config.qk_layernorm:
+            self.q_layernorm = Norm(f"{name}.q_layernorm", self.head_dim, config, runtime, sharded_input=True)
+            self.k_layernorm = Norm(f"{name}.k_layernorm", self.head_dim, config, runtime, sharded_input=True)
+        self.linear_proj = RowParallelLinear(
+            f"{name}.linear_proj",
+            width,
+            config.hidden_size,
+            build,
+            bias=config.add_bias_linear,
+            std=std / math.sqrt(2 * config.num_layers),  # GPT-2: residual branches start small
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q, k, v = self._project(x)
+        if self.rotary is not None:
+            q, k = self._rotate(q, k, context)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)
+        if self.selective and self.training:
+            out = checkpoint(self._attend, q, k, v, context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self._attend(q, k, v, context)
+        return self.linear_proj(out.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b, heads, s, d], keys and values [b, groups, s, d] of this rank."""
+        qkv = self.linear_qkv(x)
+        qkv = qkv.unflatten(-1, (self.groups, self.heads_per_group + 2, self.head_dim))
+        q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=-2)
+        q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)  # [b, s, heads, d]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _rotate(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        assert self.rotary is not None
+        cos, sin = self.rotary(context.positions, q.size(2), q.device)
+        return self.ops.rotary(q, cos, sin), self.ops.rotary(k, cos, sin)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        drop = None
+        if self.dropout > 0 and self.training:
+            shape = (*q.shape[:3], k.size(2))
+            seed = place_seed(context.dropout_seed, f"{self.name}.probabilities")
+            drop = dropout_mask(shape, self.dropout, seed, self.mesh, 1, q)
+        return self.ops.attention(q, k, v, mask=context.attention_mask(q.size(2)), dropout_mask=drop)

@@ -1,0 +1,74 @@
+"""What a model is built with (`Runtime`), and what goes beside the activations through one forward pass (`Context`)."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_lite.ops import Ops
+from megatron_lite.parallel.layers import Build
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parameter import derive_seed
+from megatron_lite.parallel.random import Clock
+
+if TYPE_CHECKING:
+    from megatron_lite.model.cache import KVCache
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a model runs: everything about it that is not its shape.
+
+    Attributes:
+        recompute: which activations are computed again in the backward pass instead of being kept.
+        clock: the step and micro-batch that dropout masks are drawn for.
+    """
+
+    mesh: Mesh = field(default_factory=Mesh)
+    ops: Ops = field(default_factory=Ops)
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 1234
+    recompute: Literal["none", "selective", "full"] = "none"
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def build(self) -> Build:
+        """The part of it that parameters are made with."""
+        return Build(self.mesh, self.seed, self.dtype, self.device)
+
+    def context(
+        self, positions: Tensor | None = None, segments: Tensor | None = None, cache: "KVCache | None" = None
+    ) -> "Context":
+        """A context for the micro-batch the clock stands at."""
+        seed = derive_seed(self.seed, "dropout", self.clock.step, self.clock.micro_batch)
+        return Context(positions, segments, cache, seed)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What accompanies the activations of one forward pass; every layer reads it, none changes it.
+
+    Attributes:
+        positions: [b, s] position of each token; None: 0 to s-1 (after those in the cache).
+        segments: [b, s] number of each token's document, or None for one document a row. Attention stays within a
+            segment. A negative segment is padding, which nothing attends to but itself.
+        cache: keys and values of earlier tokens, while generating.
+        dropout_seed: stands for (run seed, step, micro-batch).
+    """
+
+    positions: Tensor | None = None
+    segments: Tensor | None = None
+    cache: "KVCache | None" = None
+    dropout_seed: int = 0
+
+    def attention_mask(self, queries: int) -> Tensor | None:
+        """[b, 1, s, t] bool, True where attention is allowed; None where plain causal attention is meant."""
+        keys = self.segments if self.cache is None else self.cache.segments
+        if keys is None or self.segments is None:
+            return None
+        same = self.segments.unsqueeze(-1) == keys.unsqueeze(-2)
+        total = keys.size(-1)
+        causal = torch.ones(queries, total, dtype=torch.bool, device=keys.device).tril(total - queries)
+        return (same & causal).unsqueeze(1)

@@ -1,0 +1,5 @@
+"""The one seam to kernels: `build_ops` picks an implementation of each operation once, at start."""
+
+from megatron_lite.ops.registry import Ops, build_ops
+
+__all__ = ["Ops", "build_ops"]

@@ -1,0 +1,121 @@
+"""How this process was started: one rank of `deepspeed`, `torchrun` or `srun`, or a single plain process.
+
+The only place of the package that reads the launcher's environment variables.
+"""
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_SLURM_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher told this process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int | None = None
+    launcher: str = "python"
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that talks to the user."""
+        return self.rank == 0
+
+
+def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Reads the launcher's variables: RANK and friends (torchrun, deepspeed) or SLURM_PROCID and friends (srun).
+
+    Raises:
+        ValueError: a launcher's variable is missing or not a number.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        address = environ.get("MASTER_ADDR", "127.0.0.1")
+    elif "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        launcher = "srun"
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        address = environ.get("MASTER_ADDR") or _first_slurm_node(environ)
+    else:
+        return Launch()
+    try:
+        rank, world_size, local_rank = (int(environ.get(name, "0")) for name in names)
+        port = int(environ.get("MASTER_PORT", _SLURM_PORT))
+    except ValueError as error:
+        raise ValueError(f"the {launcher} launcher set a variable that is not a number: {error}") from error
+    return Launch(rank, world_size, local_rank, address, port, launcher)
+
+
+def _first_slurm_node(environ: Mapping[str, str]) -> str:
+    """The host every rank can reach: the first of the job's nodes. No ssh is involved."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    if not any(mark in nodes for mark in "[,"):
+        return nodes or "127.0.0.1"
+    try:
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"cannot expand the node list {nodes!r}: set MASTER_ADDR to the first node"
+        ) from error
+    return names.stdout.split()[0]
+
+
+def choose_device(setting: str, launch: Launch) -> torch.device:
+    """The device this rank computes on: `auto` takes CUDA where there is a GPU for every local rank.
+
+    Raises:
+        ValueError: `cuda` was asked for and this machine has none, or fewer GPUs than local ranks.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "cuda" and launch.local_rank >= gpus:
+        raise ValueError(
+            f"train.device is cuda, but local rank {launch.local_rank} has no GPU ({gpus} found): "
+            f"start at most {gpus} ranks a node, or set train.device to cpu"
+        )
+    if setting != "cpu" and launch.local_rank < gpus:
+        torch.cuda.set_device(launch.local_rank)
+        return torch.device("cuda", launch.local_rank)
+    return torch.device("cpu")
+
+
+def init_distributed(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
+    """Joins the process group: nccl on GPUs (gloo beside it for CPU tensors), gloo elsewhere.
+
+    A single process uses an in-memory store, so it needs no port. Also leaves LOCAL_RANK and the rendezvous
+    variables in the environment, where DeepSpeed looks them up.
+    """
+    os.environ.update(
+        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank)
+    )
+    os.environ.setdefault("MASTER_ADDR", launch.address)
+    os.environ.setdefault("MASTER_PORT", str(launch.port or _free_port()))
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    if launch.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    init_method = f"tcp://{launch.address}:{launch.port}" if launch.launcher == "srun" else "env://"
+    dist.init_process_group(
+        backend, init_method=init_method, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
