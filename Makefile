@@ -1,0 +1,54 @@
+# Each target takes VENV=DIRECTORY; what it needs is set up first, and set up again when its inputs change.
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2
+BENCH_ARGS ?=
+
+IN_VENV := $(VENV)/bin/python
+# Named after this checkout: an environment that another checkout was installed into counts as not set up.
+STAMP := $(VENV)/.setup-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
+INPUTS := pyproject.toml setup.py constraints.txt tools/setup_environment.sh $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-gpu check bench bench-gpu clean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## the environment in VENV (default .venv) and the compiled modules
+
+$(STAMP): $(INPUTS)
+	@tools/setup_environment.sh '$(VENV)'
+	@rm -f '$(VENV)'/.setup-* && touch '$@'
+
+# The compiled modules lie in the source tree, where a clean can take them from under the stamp.
+ifeq ($(wildcard megatron_lite/data/_index*.so),)
+$(STAMP): FORCE
+endif
+
+train: setup ## the main job on an embedded default, end to end (about 6 minutes on two cores)
+	$(IN_VENV) examples/quickstart.py
+
+test: setup ## every test that needs no GPU
+	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -m 'not gpu' $(PYTEST_ARGS)
+
+test-gpu: setup ## the tests that need a CUDA device, and nothing else
+	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -m gpu
+
+check: setup ## lint, formatting, types and the floor plan
+	$(IN_VENV) -m ruff check
+	$(IN_VENV) -m ruff format --check
+	$(IN_VENV) -m mypy
+	$(IN_VENV) -m pytest -q tests/test_floor_plan.py
+
+bench: setup ## paired benchmarks on the CPU
+	$(IN_VENV) benchmarks/step.py --device cpu $(BENCH_ARGS)
+	$(IN_VENV) benchmarks/parallel.py --device cpu $(BENCH_ARGS)
+
+bench-gpu: setup ## paired benchmarks on CUDA devices
+	$(IN_VENV) benchmarks/step.py --device cuda $(BENCH_ARGS)
+	$(IN_VENV) benchmarks/parallel.py --device cuda $(BENCH_ARGS)
+
+clean: ## remove builds and caches; VENV and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis '$(VENV)'/.setup-*
+	find megatron_lite tools tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find megatron_lite -name '*.so' -delete
