@@ -1,0 +1,12 @@
+"""Checkpoints that know nothing of layouts, and their Hugging Face equivalents.
+
+`save` writes what each rank holds; `Reader` gives any slice back to any other layout; no pickle is involved.
+"""
+
+from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.files import Deferred
+from megatron_lite.checkpoint.layout import KINDS, Piece
+from megatron_lite.checkpoint.reader import Reader, find_latest, resolve
+from megatron_lite.checkpoint.store import save
+
+__all__ = ["KINDS", "CheckpointError", "Deferred", "Piece", "Reader", "find_latest", "resolve", "save"]

@@ -1,0 +1,136 @@
+"""Files that are on the disk when we say so: streamed safetensors, checksums, atomic replacement.
+
+The container is safetensors (https://huggingface.co/docs/safetensors): eight bytes of little-endian header
+length, a JSON header, then the raw tensors end to end. We write it ourselves, one tensor at a time, because
+the library's own writer wants every tensor in host memory at once; it reads what we write.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = _DTYPES
+DTYPES_BY_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
+
+_CHUNK = 1 << 24  # bytes checked and written (or read and checked) at a time: stays in the cache
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor made only when its turn to be written comes: a whole model need not fit in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a safetensors file must look like: its size, and the CRC-32 of its header and of each tensor."""
+
+    bytes: int
+    header_bytes: int
+    header_crc: int
+    tensor_crcs: dict[str, int]  # in file order
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor | Deferred], metadata: Mapping[str, str] | None = None
+) -> Written:
+    """Write `tensors` to a new file at `path` and return once the disk has it.
+
+    Tensors may live on any device; one at a time is brought to host memory. Raises OSError where the disk
+    refuses, ValueError for a dtype that safetensors does not know.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name}: {tensor.dtype} has no safetensors name")
+    # Wide types first: with no padding between tensors this keeps every one aligned to its own width.
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
+        dtype = DTYPE_NAMES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    crcs: dict[str, int] = {}
+    with open(path, "xb") as file:
+        file.write(head)
+        for name in order:
+            crcs[name] = 0
+            for chunk in _chunks(tensors[name]):
+                crcs[name] = zlib.crc32(chunk, crcs[name])
+                file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(len(head) + end, len(head), zlib.crc32(head), crcs)
+
+
+def _chunks(tensor: torch.Tensor | Deferred) -> Iterable[memoryview]:
+    """The bytes of a tensor, row-major, a chunk at a time."""
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    if isinstance(tensor, Deferred):
+        tensor = tensor.load()
+        assert tuple(tensor.shape) == shape and tensor.dtype == dtype, "a deferred tensor is not as announced"
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().data
+    for begin in range(0, len(data), _CHUNK):
+        yield data[begin : begin + _CHUNK]
+
+
+def crc_of_ranges(path: Path, sizes: Iterable[int]) -> list[int]:
+    """CRC-32 of each of the consecutive byte ranges of `sizes`, from the start of the file."""
+    crcs = []
+    with open(path, "rb", buffering=0) as file:
+        for size in sizes:
+            crc = 0
+            while size > 0 and (chunk := file.read(min(size, _CHUNK))):
+                crc, size = zlib.crc32(chunk, crc), size - len(chunk)
+            crcs.append(crc)
+    return crcs
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path`: a reader sees the old file or the new one, whole, whatever happens meanwhile."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory (new files, renames) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

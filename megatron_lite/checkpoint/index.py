@@ -1,0 +1,151 @@
+"""index.json: what a checkpoint holds, where, and how to tell that it is whole.
+
+`{"checksum": "crc32:…", "content": {format, version, step, metadata, parameters, files}}`, where `parameters`
+maps each global name to its shape and sharded dimension, and `files` maps each file to its size, the
+checksum of its header, and its pieces in file order. The index is written last, so a folder that has one is
+complete.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.files import DTYPES_BY_NAME, Written, crc_of_ranges, write_atomically
+from megatron_lite.checkpoint.layout import Span, Stored
+
+INDEX = "index.json"
+FORMAT = "megatron_lite"
+VERSION = 1
+
+
+def key_of(piece: Stored) -> str:
+    """The name of a piece inside its file: enough to piece a parameter together without the index."""
+    return f"{piece.kind}/{piece.name}/{piece.span.start}:{piece.span.stop}/{piece.span.flat_start}"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One rank's file: the pieces in it, and what it must look like."""
+
+    file: str
+    pieces: dict[str, Stored]  # by key
+    written: Written
+
+    def to_json(self) -> dict[str, Any]:
+        rows = []
+        for key, crc in self.written.tensor_crcs.items():
+            piece = self.pieces[key]
+            rows.append([piece.kind, piece.name, *piece.span, piece.dtype, crc])
+        written = self.written
+        return {
+            "bytes": written.bytes,
+            "header_bytes": written.header_bytes,
+            "header_crc32": written.header_crc,
+            "pieces": rows,
+        }
+
+    @classmethod
+    def from_json(cls, file: str, entry: Mapping[str, Any], parameters: Mapping[str, Any]) -> FileEntry:
+        pieces, crcs = {}, {}
+        for kind, name, start, stop, flat_start, flat_stop, dtype, crc in entry["pieces"]:
+            shape, dim = tuple(parameters[name]["shape"]), parameters[name]["dim"]
+            piece = Stored(name, kind, shape, dim, Span(start, stop, flat_start, flat_stop), dtype)
+            pieces[key_of(piece)] = piece
+            crcs[key_of(piece)] = crc
+        return cls(file, pieces, Written(entry["bytes"], entry["header_bytes"], entry["header_crc32"], crcs))
+
+
+class Index(NamedTuple):
+    """The content of index.json, as Python objects."""
+
+    step: int
+    metadata: dict[str, Any]
+    files: list[FileEntry]
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write index.json into `folder`. Raises ValueError where the metadata is not plain JSON."""
+    parameters = {}
+    for entry in index.files:
+        for piece in entry.pieces.values():
+            parameters[piece.name] = {"shape": list(piece.shape), "dim": piece.dim}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": index.step,
+        "metadata": index.metadata,
+        "parameters": parameters,
+        "files": {entry.file: entry.to_json() for entry in index.files},
+    }
+    # Through JSON once, so that what is summed is what a reader will have (integer keys become strings).
+    content = json.loads(json.dumps(content, allow_nan=False))
+    data = json.dumps({"checksum": _checksum(content), "content": content}, separators=(",", ":"))
+    write_atomically(folder / INDEX, data.encode())
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check index.json. Raises CheckpointError where it is absent, damaged or of another format."""
+    path = folder / INDEX
+    try:
+        whole = json.loads(path.read_bytes())
+        content = whole["content"]
+        intact = whole["checksum"] == _checksum(content)
+    except FileNotFoundError:
+        fault = "is not there, so the folder is no complete checkpoint (a save that was cut short?)"
+        raise CheckpointError(f"{path} {fault}; use another step") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); use another step or restore it") from error
+    if not intact:
+        raise CheckpointError(f"{path} does not match its own checksum; use another step or restore the file")
+    if content["format"] != FORMAT or content["version"] != VERSION:
+        found = f"{content['format']} version {content['version']}"
+        raise CheckpointError(f"{path} is {found}, and this release reads {FORMAT} version {VERSION}")
+    parameters = content["parameters"]
+    files = [FileEntry.from_json(file, entry, parameters) for file, entry in content["files"].items()]
+    return Index(content["step"], content["metadata"], files)
+
+
+def _checksum(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"crc32:{zlib.crc32(text.encode()):08x}"
+
+
+def check_size(folder: Path, entry: FileEntry) -> str | None:
+    """What a look at the directory says is wrong with one file, or None."""
+    path = folder / entry.file
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
+    if size != entry.written.bytes:
+        return f"{path} has {size} bytes instead of the {entry.written.bytes} that were written"
+    return None
+
+
+def check_bytes(folder: Path, entry: FileEntry) -> list[str]:
+    """Read one file through; what differs from what was written, each piece by its name."""
+    if fault := check_size(folder, entry):
+        return [fault]
+    path, written = folder / entry.file, entry.written
+    sizes = [written.header_bytes]
+    for key in written.tensor_crcs:
+        piece = entry.pieces[key]
+        sizes.append((piece.span.flat_stop - piece.span.flat_start) * DTYPES_BY_NAME[piece.dtype].itemsize)
+    try:
+        found = crc_of_ranges(path, sizes)
+    except OSError as error:
+        return [f"{path} cannot be read ({error})"]
+    wanted = {"its header": written.header_crc} | written.tensor_crcs
+    faults = []
+    for (what, crc), now in zip(wanted.items(), found, strict=True):
+        if crc != now:
+            faults.append(f"{path} is damaged: {what} does not match its checksum")
+    return faults

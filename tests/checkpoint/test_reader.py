@@ -1,0 +1,200 @@
+"""Any layout reads what any other wrote, bit for bit."""
+
+import itertools
+import os
+import random
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_lite.checkpoint import KINDS, CheckpointError, Piece, Reader, find_latest, resolve, save
+from tests.checkpoint.ranks import SHAPES, cut, layout, random_state, save_state
+
+LAYOUTS = [(1, 1, 1, 0), (2, 2, 2, 1), (4, 1, 3, 2), (1, 3, 5, 3), (2, 1, 4, 3), (4, 2, 1, 1), (1, 1, 7, 1)]
+
+
+@pytest.mark.parametrize("source", LAYOUTS, ids=str)
+def test_every_layout_reads_what_every_other_wrote(tmp_path, source):
+    state = random_state(1)
+    path = save_state(tmp_path, 7, state, *source)
+    with Reader(path) as reader:
+        reader.verify()
+        assert reader.step == 7 and reader.metadata == {"consumed_samples": 70}
+        assert reader.kinds == list(KINDS) and reader.names() == sorted(SHAPES)
+        for target in LAYOUTS:
+            for owned in layout(*target):
+                for (name, (dim, start, stop, low, high)), kind in itertools.product(owned, KINDS):
+                    got = reader.read_flat(name, kind, dim, start, stop, low, high)
+                    assert torch.equal(got, cut(state[kind][name], dim, start, stop, low, high)), (
+                        target,
+                        name,
+                    )
+
+
+def test_random_layouts_and_slices(tmp_path):
+    rng = random.Random(5)
+    for trial in range(12):
+        state = random_state(trial)
+        path = save_state(
+            tmp_path, trial, state, rng.choice([1, 2, 4]), rng.randint(1, 4), rng.randint(1, 9), trial % 4
+        )
+        with Reader(path) as reader:
+            for name, (shape, dim) in SHAPES.items():
+                whole = state["exp_avg"][name]
+                assert torch.equal(reader.read(name, "exp_avg"), whole) and reader.shape(name) == shape
+                if dim is None:
+                    continue
+                start = rng.randrange(shape[dim])
+                stop = rng.randint(start + 1, shape[dim])
+                shard = whole.narrow(dim, start, stop - start)
+                assert torch.equal(reader.read(name, "exp_avg", dim=dim, start=start, stop=stop), shard)
+                low = rng.randrange(shard.numel())
+                high = rng.randint(low, shard.numel())
+                flat = reader.read_flat(name, "exp_avg", dim, start, stop, low, high)
+                assert torch.equal(flat, shard.reshape(-1)[low:high])
+
+
+def test_only_files_that_hold_something_wanted_are_opened(tmp_path):
+    path = save_state(tmp_path, 1, random_state(0), 2, 1, 4, 3)
+    with Reader(path) as reader:
+        reader.read_flat("blocks.0.mlp.linear_fc2.weight", "weight", 1, 0, 6, 0, 8)
+        assert list(reader._open) == ["rank_00000.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_survive(tmp_path, dtype):
+    data = torch.randn(5, 3).to(dtype)
+    pieces = [Piece.whole("a", "weight", data), Piece.whole("b", "weight", torch.ones(3))]
+    with Reader(save(tmp_path, 0, pieces, {})) as reader:
+        assert reader.dtype("a") == dtype and torch.equal(reader.read("a"), data)
+        assert torch.equal(reader.read("b"), torch.ones(3))
+
+
+def test_the_files_are_plain_safetensors(tmp_path):
+    state = random_state(0)
+    path = save_state(tmp_path, 1, state)
+    tensors = safetensors.torch.load_file(path / "rank_00000.safetensors")
+    assert len(tensors) == len(SHAPES) * 3
+    assert torch.equal(
+        tensors["exp_avg/position.weight/0:7/0"], state["exp_avg"]["position.weight"].reshape(-1)
+    )
+
+
+def test_a_vocabulary_padded_otherwise_is_read_where_they_overlap(tmp_path):
+    state = random_state(0)
+    whole = state["weight"]["embed.weight"]
+    with Reader(save_state(tmp_path, 1, state, 4, 1, 2, 1)) as reader:
+        wider = reader.read("embed.weight", dim=0, start=0, stop=30, zero_fill=True)
+        assert torch.equal(wider[:24], whole) and wider.shape == (30, 5) and not wider[24:].any()
+        shard = reader.read_flat("embed.weight", "weight", 0, 20, 30, 15, 25, zero_fill=True)
+        assert torch.equal(shard, torch.cat([whole[23], torch.zeros(5)]))
+        assert not reader.read("embed.weight", dim=0, start=24, stop=30, zero_fill=True).any()
+        assert torch.equal(reader.read("embed.weight", dim=0, start=0, stop=20), whole[:20])
+        with pytest.raises(CheckpointError, match=r"embed.weight .*has 24 along dimension 0, not 20:30"):
+            reader.read("embed.weight", dim=0, start=20, stop=30)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with Reader(save(tmp_path, 3, [Piece.whole("norm.weight", "weight", torch.ones(3))], {})) as reader:
+        with pytest.raises(CheckpointError, match=r"step_00000003.*parameter nom.weight .*is not there"):
+            reader.read("nom.weight")
+        with pytest.raises(CheckpointError, match=r"norm.weight \(exp_avg\) is there as weight only"):
+            reader.read("norm.weight", "exp_avg")
+        with pytest.raises(CheckpointError, match="no dimension 1"):
+            reader.read("norm.weight", dim=1, start=0, stop=1)
+        with pytest.raises(CheckpointError, match="holds 1 of the 2 elements"):
+            reader.read_flat("norm.weight", "weight", None, 0, None, 2, 4)
+    with (
+        Reader(save_state(tmp_path, 4, random_state(0), 2, 1, 1, 1)) as reader,
+        pytest.raises(CheckpointError, match="is sharded along dimension 1, not 0"),
+    ):
+        reader.read("blocks.0.mlp.linear_fc2.weight", dim=0, start=0, stop=2)
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_is_found_and_named(tmp_path):
+    state = random_state(0)
+    path = save_state(tmp_path, 1, state, 2, 1, 1, 1)
+    rng = random.Random(0)
+    for file in sorted(path.iterdir()):
+        for at in [0, 8, *(rng.randrange(file.stat().st_size) for _ in range(25))]:
+            flip(file, at)
+            with pytest.raises(CheckpointError, match=file.name), Reader(path) as reader:
+                reader.verify()
+            flip(file, at)
+    with Reader(path) as reader:
+        reader.verify()
+    flip(path / "rank_00001.safetensors", -1)
+    with Reader(path) as reader:
+        reader.verify(["rank_00000.safetensors"])
+        with pytest.raises(
+            CheckpointError, match=r"rank_00001.safetensors is damaged: exp_avg_sq/blocks\.0\.mlp"
+        ):
+            reader.verify(reader.files)
+
+
+def test_missing_and_truncated_files_are_named_on_opening(tmp_path):
+    path = save_state(tmp_path, 1, random_state(0), 4, 1, 1, 1)
+    os.truncate(path / "rank_00002.safetensors", 100)
+    with pytest.raises(CheckpointError, match=r"rank_00002.safetensors has 100 bytes instead of the \d+"):
+        Reader(path)
+    (path / "rank_00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank_00001.safetensors is missing; .*rank_00002.*restore"):
+        Reader(path)
+    (path / "index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"index.json is not there, so the folder is no complete"):
+        Reader(path)
+
+
+def test_an_index_of_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_lite.checkpoint.index.VERSION", 2)
+    path = save_state(tmp_path, 1, random_state(0))
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="is megatron_lite version 2, and this release reads"):
+        Reader(path)
+
+
+def test_latest_falls_back_and_says_why(tmp_path, caplog):
+    assert find_latest(tmp_path) is None and find_latest(tmp_path / "none") is None
+    folder = tmp_path / "checkpoints"
+    for step in (10, 20, 30):
+        save_state(folder, step, random_state(step))
+    assert find_latest(tmp_path) == find_latest(folder) == folder / "step_00000030"
+    flip(folder / "step_00000030" / "rank_00000.safetensors", -1)
+    assert find_latest(tmp_path) == folder / "step_00000030"
+    assert not caplog.records
+    assert find_latest(tmp_path, checksums=True) == folder / "step_00000020"
+    assert "step_00000030 cannot be used" in caplog.text and "exp_avg_sq/scale" in caplog.text
+    (folder / "step_00000020" / "index.json").unlink()
+    assert find_latest(tmp_path, checksums=True) == folder / "step_00000010"
+    (folder / "step_00000010" / "rank_00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*step_00000010.*start afresh"):
+        find_latest(tmp_path, checksums=True)
+
+
+def test_latest_is_the_one_saved_last_not_the_one_of_the_highest_step(tmp_path):
+    save_state(tmp_path, 50, random_state(0))
+    save_state(tmp_path, 100, random_state(0))
+    save_state(tmp_path, 60, random_state(0))  # a run that was rewound to 50
+    assert find_latest(tmp_path) == tmp_path / "step_00000060"
+    (tmp_path / "step_00000060" / "index.json").unlink()
+    assert find_latest(tmp_path) == tmp_path / "step_00000050"
+    (tmp_path / "latest").unlink()
+    assert find_latest(tmp_path) == tmp_path / "step_00000100"
+
+
+def test_resolve_takes_a_step_a_checkpoints_folder_or_an_output_directory(tmp_path):
+    step = save_state(tmp_path / "checkpoints", 5, random_state(0))
+    assert resolve(step) == resolve(tmp_path / "checkpoints") == resolve(str(tmp_path)) == step
+    elsewhere = step.rename(tmp_path / "my_best")
+    assert resolve(elsewhere) == elsewhere
+    with pytest.raises(CheckpointError, match="no checkpoint there; give a step folder"):
+        resolve(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"index.json is not there"):
+        resolve(tmp_path / "step_00000009")
