@@ -17,6 +17,7 @@ class Problem:
 
     key: str
     message: str
+    meant: str | None = None  # the key that was probably meant, which is then as good as wrong itself
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}" if self.key else self.message
@@ -48,5 +49,11 @@ def unknown_key(path: str, known: Iterable[str]) -> Problem:
     known = sorted(known)
     match = closest(name, known)
     if match:
-        return Problem(path, f"unknown key; did you mean {parent + '.' if parent else ''}{match}?")
+        meant = f"{parent}.{match}" if parent else match
+        return Problem(path, f"unknown key; did you mean {meant}?", meant)
     return Problem(path, f"unknown key; {parent or 'the top level'} takes {', '.join(known)}")
+
+
+def touches(key: str, other: str) -> bool:
+    """Whether one of two paths is the other, or lies in it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")

@@ -14,8 +14,8 @@ _POSITIONS = {"learned": "learned_absolute", "absolute": "learned_absolute", "ro
 class RotaryScaling(Section):
     """How rotary frequencies are stretched for contexts longer than the ones first trained on."""
 
-    type: Literal["linear", "llama3", "yarn"] = Field(description="rule of scaling")
-    factor: float = Field(gt=0, description="new context length over the original one")
+    type: Literal["linear", "llama3", "yarn"] = Field(examples=["linear"], description="rule of scaling")
+    factor: float = Field(ge=1, examples=[8.0], description="new context length over the original one")
     original_max_position_embeddings: int | None = Field(
         default=None, gt=0, description="context length before scaling, in tokens; llama3 and yarn need it"
     )
@@ -133,7 +133,7 @@ class ModelConfig(Section):
     @property
     def rotary_dim(self) -> int:
         """Leading channels of each head that are rotated."""
-        return int(self.head_dim * self.rotary_percent)
+        return int(self.head_dim * self.rotary_percent + 1e-6)  # 0.7 of 10 is 7, whatever binary makes of 0.7
 
     @property
     def max_positions(self) -> int:
@@ -156,6 +156,52 @@ class ModelConfig(Section):
                 "model.vocab_size is null; set it, or use Config.with_vocab_size(tokenizer.vocab_size)"
             )
         return _round_up(self.vocab_size, self.make_vocab_size_divisible_by)
+
+    def parameter_count(self) -> int:
+        """Trainable parameters of the whole model, the vocabulary's padding included.
+
+        Raises ValueError while `vocab_size` is null.
+        """
+        embeddings = self.padded_vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        positions = (
+            self.max_positions * self.hidden_size if self.position_embedding == "learned_absolute" else 0
+        )
+        norms = self._norm_weights(self.hidden_size) * (2 * self.num_layers + 1)
+        return embeddings + positions + norms + self.num_layers * (self._layer_weights + self._layer_extras)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations a token costs, forward and backward, without recomputation.
+
+        Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM"
+        (2021), section 5.1, generalised to grouped-query attention, gated feed-forward parts and any head
+        width: 6 for every weight of a matrix product, and attention scores counted over the whole sequence,
+        as Megatron-LM does, although the mask leaves half of them out.
+        Raises ValueError while `vocab_size` is null.
+        """
+        weights = self.num_layers * self._layer_weights + self.padded_vocab_size * self.hidden_size
+        scores = self.num_layers * self.seq_length * self.num_attention_heads * self.head_dim
+        return 6 * weights + 12 * scores
+
+    @property
+    def _qkv_rows(self) -> int:
+        return (self.num_attention_heads + 2 * self.query_groups) * self.head_dim
+
+    def _norm_weights(self, size: int) -> int:
+        return size * (2 if self.normalization == "LayerNorm" and self.add_bias_linear else 1)
+
+    @property
+    def _layer_weights(self) -> int:
+        """Entries of the matrices of one block."""
+        attention = self.hidden_size * (self._qkv_rows + self.num_attention_heads * self.head_dim)
+        return attention + self.hidden_size * self.ffn_size * (3 if self.activation == "swiglu" else 2)
+
+    @property
+    def _layer_extras(self) -> int:
+        """Biases and QK-norm weights of one block; its two norms are counted apart."""
+        biases = self._qkv_rows if self.qkv_bias else 0
+        if self.add_bias_linear:
+            biases += 2 * self.hidden_size + self.ffn_size * (2 if self.activation == "swiglu" else 1)
+        return biases + (2 * self._norm_weights(self.head_dim) if self.qk_layernorm else 0)
 
 
 def _round_up(value: int, multiple: int) -> int:

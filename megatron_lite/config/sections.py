@@ -12,6 +12,13 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Prefixes = str | tuple[str, ...] | tuple[tuple[float, str], ...]
 
 
+def prefixes(value: Prefixes | None) -> list[str]:
+    """Every prefix that a data key names."""
+    if value is None or isinstance(value, str):
+        return [value] if value else []
+    return [item if isinstance(item, str) else item[1] for item in value]
+
+
 class ParallelConfig(Section):
     """How one model is spread over ranks; data parallelism takes the ranks that remain."""
 
@@ -23,7 +30,7 @@ class ParallelConfig(Section):
         default=False,
         description="split activations between tensor-parallel regions along the sequence; needs tensor > 1",
     )
-    pipeline_partition: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+    pipeline_partition: tuple[PositiveInt, ...] | None = Field(
         default=None, description="transformer blocks of each stage, first to last; null: balanced by cost"
     )
     timeout_minutes: float = Field(
@@ -34,10 +41,10 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """What is trained on. A prefix names PREFIX.bin and PREFIX.idx."""
 
-    tokenizer: str = Field(
-        default="byte",
+    tokenizer: str | None = Field(
+        default=None,
         description="byte, char:FILE, word:FILE, gpt2:DIR_OR_PREFIX, hf:tokenizer.json, tiktoken:FILE or "
-        "sentencepiece:FILE",
+        "sentencepiece:FILE; null: none, and model.vocab_size says how many ids there are",
     )
     train: Prefixes | None = Field(
         default=None, description="training data: a prefix, a list of prefixes, or [[weight, prefix], ...]"

@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
+from . import checks, deepspeed_section
 from .base import Section
-from .errors import ConfigError
+from .errors import Problem, raise_problems
 from .model import ModelConfig
 from .sections import (
     CheckpointConfig,
@@ -56,41 +57,63 @@ class Config(Section):
         """Steps of the decaying part of the wsd schedule, defaults resolved."""
         return self.optimizer.wsd_decay_steps or max(1, self.decay_steps // 10)
 
+    def resolved(self) -> dict[str, Any]:
+        """The tree as JSON gives it, with every null that follows from other keys filled in."""
+        tree = self.model_dump(mode="json")
+        model = self.model
+        tree["model"] |= {
+            "ffn_hidden_size": model.ffn_size,
+            "num_query_groups": model.query_groups,
+            "kv_channels": model.head_dim,
+            "max_position_embeddings": model.max_positions,
+            "add_qkv_bias": model.qkv_bias,
+        }
+        tree["optimizer"]["decay_steps"] = self.decay_steps
+        if self.optimizer.schedule == "wsd":
+            tree["optimizer"]["wsd_decay_steps"] = self.wsd_decay_steps
+        return tree
+
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model that `world_size` ranks hold. Raises ConfigError when they do not divide."""
-        ranks = self.parallel.tensor * self.parallel.pipeline
-        if world_size < 1 or world_size % ranks:
-            raise ConfigError(
-                f"parallel: tensor={self.parallel.tensor} x pipeline={self.parallel.pipeline} needs a multiple "
-                f"of {ranks} ranks; there {'is' if world_size == 1 else 'are'} {world_size}"
-            )
-        return world_size // ranks
+        """Copies of the model that `world_size` ranks hold. Raises ConfigError as `check_world` does."""
+        self.check_world(world_size)
+        return world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches each rank runs a step. Raises ConfigError when the global batch does not divide."""
+        """Micro-batches each rank runs a step. Raises ConfigError as `check_world` does."""
         samples = self.train.micro_batch_size * self.data_parallel_size(world_size)
-        steps, rest = divmod(self.train.global_batch_size, samples)
-        if rest or not steps:
-            nearest = max(samples, round(self.train.global_batch_size / samples) * samples)
-            raise ConfigError(
-                f"train.global_batch_size: {self.train.global_batch_size} is no multiple of micro_batch_size x "
-                f"data-parallel size = {samples}; nearest: {nearest}"
-            )
-        return steps
+        return self.train.global_batch_size // samples
 
     def with_vocab_size(self, vocab_size: int) -> Config:
         """A copy whose `model.vocab_size` is known, when the file left it to the tokenizer.
 
-        Raises ConfigError when the file gives a vocabulary smaller than the tokenizer's.
+        Raises ConfigError when the file gives a vocabulary smaller than the tokenizer's, or when the padded
+        vocabulary does not divide among the tensor-parallel ranks.
         """
         given = self.model.vocab_size
         if given is not None and given < vocab_size:
-            raise ConfigError(
-                f"model.vocab_size: {given} is smaller than the tokenizer's vocabulary; nearest: {vocab_size}"
-            )
+            problem = f"{given} is less than the tokenizer's {vocab_size} ids; nearest: {vocab_size}"
+            raise_problems("config", [Problem("model.vocab_size", problem)])
         model = self.model.model_copy(update={"vocab_size": given or vocab_size})
-        return self.model_copy(update={"model": model})
+        config = self.model_copy(update={"model": model})
+        raise_problems("config", checks.tensor_divides_vocabulary(config))
+        return config
 
     def check_world(self, world_size: int) -> None:
         """Check the layout and the batch sizes against the number of ranks. Raises ConfigError."""
-        self.accumulation_steps(world_size)
+        raise_problems("config", checks.check_world(self, world_size))
+
+    def check_files(self) -> None:
+        """Check that data, tokenizer and checkpoint are there. Raises ConfigError."""
+        raise_problems("config", checks.missing_files(self))
+
+    def check_device(self, device: str) -> None:
+        """Check the precision against the device really used, "cpu" or "cuda". Raises ConfigError."""
+        raise_problems("config", checks.fp16_on(self, device))
+
+    def warnings(self, world_size: int) -> list[str]:
+        """What is legal but probably not meant, one line each. Raises ConfigError as `check_world` does."""
+        return checks.warnings(self, world_size)
+
+    def deepspeed_dict(self, world_size: int) -> dict[str, Any]:
+        """The JSON for `deepspeed.initialize`. Raises ConfigError as `check_world` does."""
+        return deepspeed_section.complete(self, world_size)
