@@ -74,7 +74,7 @@ fi
 
 echo "Installing into $venv (torch is large: the first time may take minutes) ..."
 quiet=()
-[ -t 1 ] || quiet=(--quiet)
+[ -t 1 ] || quiet=(-qq)
 "${pip[@]}" install "${quiet[@]}" --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 "$venv/bin/python" - <<'PY'
 import platform
