@@ -1,4 +1,4 @@
-"""`python -m megatron_lite.config FILE [--set KEY=VALUE ...] [--world N]`: check a file and print it in full."""
+"""`python -m megatron_lite.config FILE [--set KEY=VALUE ...] [--world N]`: check, print in full."""
 
 from __future__ import annotations
 

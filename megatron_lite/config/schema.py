@@ -12,7 +12,7 @@ _TYPES = {"true or false": "boolean", "a whole number": "number", "an object": "
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema (draft 2020-12) that `configs/schema.json` holds; `load_config` checks more than it can say."""
+    """The schema (draft 2020-12) that `configs/schema.json` holds; `load_config` checks more than it says."""
     schema = Config.model_json_schema()
     properties = {"$schema": {"type": "string", "description": "this schema's location, for editors"}}
     schema["properties"] = properties | schema["properties"]
