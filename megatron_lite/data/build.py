@@ -1,0 +1,173 @@
+"""From the `data` section of a config to the training, validation and test datasets."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_lite.config import DataConfig
+from megatron_lite.data.blend import BlendedDataset, blend_index, normalized, used_members
+from megatron_lite.data.errors import DatasetError
+from megatron_lite.data.gpt import GPTDataset, SampleDataset
+from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.sample_index import split_edges
+
+logger = logging.getLogger(__name__)
+
+_NAMES = ("train", "valid", "test")
+_SURPLUS = 0.005  # Megatron builds each dataset of a blend this much longer than its share
+
+
+class _Member(NamedTuple):
+    weight: float | None
+    indexed: IndexedDataset
+    documents: range
+
+
+class _Settings(NamedTuple):
+    config: DataConfig
+    seq_length: int
+    seed: int
+    name: str
+
+    def dataset(self, member: _Member, num_samples: int | None) -> GPTDataset:
+        return GPTDataset(
+            member.indexed,
+            member.documents,
+            num_samples,
+            self.seq_length,
+            self.seed,
+            order=self.config.order,
+            name=self.name,
+            cache_dir=self.config.cache_dir,
+        )
+
+
+def build_datasets(
+    config: DataConfig,
+    seq_length: int,
+    seed: int,
+    train_samples: int | None,
+    valid_samples: int | None = 0,
+    test_samples: int | None = 0,
+) -> tuple[SampleDataset, SampleDataset | None, SampleDataset | None]:
+    """The (training, validation, test) datasets; None for one that is not asked for or has no data.
+
+    Where data.valid or data.test is given each uses its own files whole; else data.train is divided by
+    data.split.
+
+    *_samples: samples wanted, over as many epochs as they take; 0: not wanted; None: the data once. The
+        length of a
+        dataset is what was asked for (order "megatron": that or more).
+
+    Raises DatasetError (a ValueError) for files that are missing or damaged, an empty split, and weights or a
+    data.split that make no sense.
+    """
+    if config.train is None:
+        raise DatasetError("data.train is not set: give the prefix of a .bin/.idx pair")
+    own_files = config.valid is not None or config.test is not None
+    opened: dict[str, IndexedDataset] = {}
+    built: list[SampleDataset | None] = []
+    wanted = (train_samples, valid_samples, test_samples)
+    for number, (name, samples) in enumerate(zip(_NAMES, wanted, strict=True)):
+        prefixes = getattr(config, name) if own_files else config.train
+        members = None
+        if samples != 0 and prefixes is not None:
+            members = _members(prefixes, None if own_files else config.split, number, opened)
+        settings = _Settings(config, seq_length, seed, name)
+        built.append(_build(settings, members, samples, own_files) if members else None)
+    train, valid, test = built
+    if train is None:
+        raise DatasetError(
+            f'data.split "{config.split}" or a number of samples of 0 leaves nothing to train on'
+        )
+    return train, valid, test
+
+
+def _members(
+    prefixes: str | tuple[str, ...] | tuple[tuple[float, str], ...],
+    split: str | None,
+    number: int,
+    opened: dict[str, IndexedDataset],
+) -> list[_Member] | None:
+    """What a split is made of; None where data.split gives it nothing."""
+    named: list[tuple[float | None, str]] = []
+    pairs: list[tuple[float, str]] = []
+    for entry in (prefixes,) if isinstance(prefixes, str) else prefixes:
+        if isinstance(entry, str):
+            named.append((None, entry))
+        else:
+            pairs.append(entry)
+    if pairs:
+        named += used_members(pairs)
+    members = []
+    for weight, prefix in named:
+        if prefix not in opened:
+            opened[prefix] = IndexedDataset(prefix)
+        indexed = opened[prefix]
+        documents = split_edges(split, len(indexed))[number] if split else range(len(indexed))
+        if documents is None:
+            return None
+        members.append(_Member(weight, indexed, documents))
+    return members
+
+
+def _build(
+    settings: _Settings, members: list[_Member], samples: int | None, own_files: bool
+) -> SampleDataset:
+    weighted = members[0].weight is not None
+    megatron = settings.config.order == "megatron"
+    if len(members) == 1 and not (megatron and weighted and not own_files):
+        return settings.dataset(members[0], samples)
+    if not weighted and (megatron or samples is None):
+        return _proportional_blend(settings, members, samples)
+    if samples is None:
+        raise DatasetError(
+            f"data.{settings.name}: a weighted blend has no natural length; name a number of samples"
+        )
+    if megatron:
+        return _megatron_blend(settings, members, samples)
+    weights = [member.weight or 0.0 for member in members] if weighted else [_tokens(m) for m in members]
+    # The order first: it says exactly how many samples each dataset has to have.
+    index = blend_index(weights, samples, cache_dir=_cache_dir(settings, members))
+    counts = [int((index[0] == number).sum()) for number in range(len(members))]
+    return BlendedDataset([settings.dataset(m, n) for m, n in zip(members, counts, strict=True)], index)
+
+
+def _proportional_blend(settings: _Settings, members: list[_Member], samples: int | None) -> BlendedDataset:
+    """Each dataset once, mixed in proportion to their lengths (Megatron's rule for a blend without
+    weights)."""
+    datasets = [settings.dataset(member, None) for member in members]
+    lengths = [len(dataset) for dataset in datasets]
+    size, limits = sum(lengths), lengths
+    if samples is not None:
+        size, limits = min(samples, size), []
+        if size < samples:
+            logger.warning(
+                "data.%s: the blend holds %d samples, %d were asked for", settings.name, size, samples
+            )
+    return BlendedDataset(datasets, blend_index(lengths, size, limits, _cache_dir(settings, members)))
+
+
+def _megatron_blend(settings: _Settings, members: list[_Member], samples: int) -> BlendedDataset:
+    """Megatron-core's sizes of a weighted blend, its rounding included."""
+    weights = normalized([member.weight or 0.0 for member in members])
+    targets = [math.ceil(samples * weight) for weight in weights]
+    datasets = [
+        settings.dataset(member, math.ceil(target * (1 + _SURPLUS)))
+        for member, target in zip(members, targets, strict=True)
+    ]
+    return BlendedDataset(
+        datasets, blend_index(weights, sum(targets), cache_dir=_cache_dir(settings, members))
+    )
+
+
+def _tokens(member: _Member) -> int:
+    return int(member.indexed.lengths[member.documents.start : member.documents.stop].sum(dtype="int64"))
+
+
+def _cache_dir(settings: _Settings, members: list[_Member]) -> Path:
+    directory = settings.config.cache_dir
+    return Path(directory) if directory else Path(members[0].indexed.prefix).parent / "index_cache"

@@ -1,0 +1,101 @@
+"""Index arrays kept on disk, so that a restart and the other ranks of a node map them instead of building
+them.
+
+An entry is a folder named by a hash of everything the arrays depend on. It is written beside its place and
+renamed, so that it is whole or absent. One process builds while the others on that disk wait for its lock;
+nothing is assumed to be shared between nodes, and where nothing can be written the arrays are built in
+memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def content_stamp(values: NDArray[Any]) -> str:
+    """A hash of an array's bytes, read in parts (the array may be mapped and large)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for first in range(0, len(values), 1 << 20):
+        digest.update(values[first : first + (1 << 20)].tobytes())
+    return digest.hexdigest()
+
+
+def cached(directory: Path | None, key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
+    """`build()`, or what it returned before for the same key, mapped read-only from `directory`.
+
+    key: all that the arrays depend on, as JSON values; a change of any of them is another entry
+    """
+    if directory is None:
+        return build()
+    text = json.dumps(key, sort_keys=True, indent=1)
+    entry = directory / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    arrays = _load(entry, text)
+    if arrays is not None:
+        return arrays
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _lock(entry.with_suffix(".lock")):
+            arrays = _load(entry, text)
+            if arrays is None:
+                arrays = build()
+                _store(entry, text, arrays)
+                arrays = _load(entry, text) or arrays
+            return arrays
+    except OSError as error:
+        logger.info("index cache %s cannot be used (%s): built in memory", directory, error)
+        return build() if arrays is None else arrays
+
+
+def _load(entry: Path, text: str) -> Arrays | None:
+    """The entry's arrays, or None where it is absent or damaged."""
+    try:
+        if (entry / "key.json").read_text() != text:
+            return None
+        return {path.stem: np.load(path, mmap_mode="r") for path in sorted(entry.glob("*.npy"))}
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _store(entry: Path, text: str, arrays: Arrays) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
+    try:
+        temporary.chmod(0o755)
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        (temporary / "key.json").write_text(text)
+        shutil.rmtree(entry, ignore_errors=True)  # only a damaged one is there: `cached` looked
+        try:
+            os.rename(temporary, entry)
+        except OSError as error:
+            # Where locks do not work another process may have been first: its entry is as good.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the file's lock; its holder's death frees it. File systems without locks only lose the saving."""
+    with open(path, "wb") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

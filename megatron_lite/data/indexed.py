@@ -1,0 +1,292 @@
+"""Tokenized text on disk: PREFIX.bin (token ids, back to back) and PREFIX.idx (where each sequence lies).
+
+The format is Megatron-core's, byte for byte. PREFIX.idx, little-endian: magic, u64 version 1, u8 dtype code,
+u64 sequences N, u64 length M of the document array, i32[N] tokens per sequence, i64[N] byte offset of each
+sequence, i64[M] document bounds in sequence numbers (the first is 0, the last N). A document without tokens
+has no sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_lite.data.errors import DatasetError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+# Code 6 and 7 are float64 and float32 (in GPT-NeoX the other way round): never token ids.
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+_CHUNK = 1 << 20  # sequences or bounds verified at once: bounds the memory of opening a large index
+_AGAIN = "run tools/preprocess_data.py again, or copy both files again from where they are whole"
+
+
+def token_dtype(vocab_size: int | None) -> np.dtype[Any]:
+    """The type Megatron-core writes ids in: uint16 below 65500 entries, else (or not known) int32."""
+    return np.dtype("<u2") if vocab_size is not None and vocab_size < 65500 else np.dtype("<i4")
+
+
+class IndexedDataset:
+    """The sequences of PREFIX.bin, mapped, not read: `dataset[i]` is a view of sequence i's ids.
+
+    Opening verifies magic, version, dtype, the sizes of both files, every offset and the document bounds.
+
+    prefix: path without .bin/.idx
+    dtype: type of the ids on disk
+    lengths: [N] int32, tokens per sequence (may be unaligned in memory)
+    document_bounds: [M] int64; document d is sequences document_bounds[d] up to document_bounds[d + 1]
+    tokens: [num_tokens] all ids in file order
+    num_tokens: their number
+
+    Raises DatasetError if a file is missing, truncated or not what its index says.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        self.path = Path(self.prefix + ".bin")
+        index_path = Path(self.prefix + ".idx")
+        index = _map(index_path)
+        header = _read_header(index_path, index)
+        self.dtype = np.dtype(_DTYPES[header.dtype_code])
+        starts = np.cumsum([_HEADER.size, 4 * header.sequences, 8 * header.sequences, 8 * header.bounds])
+        self.lengths: NDArray[np.int32] = index[starts[0] : starts[1]].view("<i4")
+        self._offsets: NDArray[np.int64] = index[starts[1] : starts[2]].view("<i8")
+        self.document_bounds: NDArray[np.int64] = index[starts[2] : starts[3]].view("<i8")
+        self.num_tokens = _check_index(
+            index_path, self.lengths, self._offsets, self.dtype, self.document_bounds
+        )
+        self.tokens: NDArray[Any] = self._map_tokens()
+
+    def _map_tokens(self) -> NDArray[Any]:
+        data = _map(self.path)
+        expected = self.num_tokens * self.dtype.itemsize
+        if data.size != expected:
+            message = f"{self.path}: {data.size:,} bytes, but {self.prefix}.idx describes {expected:,}"
+            extra = data.size - expected
+            if extra == (len(self.document_bounds) - 1) * self.dtype.itemsize:
+                message += (
+                    ": exactly one token more a document, as Megatron-DeepSpeed writes with --append-eod (it "
+                    "leaves the end-of-document token out of the lengths, so every text is read shifted)"
+                )
+            raise DatasetError(f"{message}; {_AGAIN}")
+        return data.view(self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, sequence: int) -> NDArray[Any]:
+        if not -len(self) <= sequence < len(self):
+            raise IndexError(f"{self.prefix}: sequence {sequence} of {len(self)}")
+        return self.get(sequence % len(self))
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self.get(sequence) for sequence in range(len(self)))
+
+    def get(self, sequence: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Ids start..stop of one sequence, as a view (no copy)."""
+        base = int(self._offsets[sequence]) // self.dtype.itemsize
+        length = int(self.lengths[sequence])
+        return self.tokens[base + start : base + (length if stop is None else min(stop, length))]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_bounds) - 1
+
+
+class IndexedDatasetWriter:
+    """Write PREFIX.bin and PREFIX.idx; memory holds lengths and bounds (12 bytes a document), never the
+    tokens.
+
+    Both files are written beside their place and renamed by `close`; leaving a `with` block by an exception,
+    or `discard`, leaves nothing behind and what was there before untouched.
+
+    Raises DatasetError for an id that `dtype` cannot hold, OSError where the disk refuses.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | str | type) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in _CODES:
+            raise DatasetError(f"token ids cannot be written as {self.dtype}; take uint16 or int32")
+        self._lengths = array("i")
+        self._bounds = array("q", [0])
+        suffix = f".tmp-{os.getpid()}"
+        self._temporary = {end: Path(self.prefix + end + suffix) for end in (".bin", ".idx")}
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._temporary[".bin"], "wb")  # noqa: SIM115 - closed by close and discard
+
+    def add_document(self, tokens: Sequence[int] | NDArray[Any]) -> None:
+        """One document of one sequence; without tokens, a document without a sequence (as Megatron-core
+        writes)."""
+        if len(tokens):
+            self.add_sequence(tokens)
+        self.end_document()
+
+    def add_documents(self, tokens: NDArray[Any], lengths: Sequence[int] | NDArray[Any]) -> None:
+        """Many documents at once: their ids back to back, and how many each has."""
+        if sum(map(int, lengths)) != len(tokens):
+            raise ValueError("the lengths do not add up to the tokens")
+        self._file.write(self._cast(tokens).tobytes())
+        for length in map(int, lengths):
+            if length:
+                self._add_length(length)
+            self.end_document()
+
+    def add_sequence(self, tokens: Sequence[int] | NDArray[Any]) -> None:
+        """One sequence of the document that the next `end_document` ends."""
+        self._file.write(self._cast(tokens).tobytes())
+        self._add_length(len(tokens))
+
+    def end_document(self) -> None:
+        self._bounds.append(len(self._lengths))
+
+    def _add_length(self, length: int) -> None:
+        try:
+            self._lengths.append(length)
+        except OverflowError:
+            raise DatasetError(
+                f"a sequence of {length:,} tokens: the format holds 2^31 - 1; divide it"
+            ) from None
+
+    def _cast(self, tokens: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
+        values = np.asarray(tokens)
+        if values.dtype == self.dtype or values.size == 0:
+            return values.astype(self.dtype)
+        limits = np.iinfo(self.dtype)
+        if values.dtype.kind not in "iu" or values.min() < limits.min or values.max() > limits.max:
+            raise DatasetError(
+                f"{self.prefix}: ids from {values.min()} to {values.max()} do not fit {self.dtype}; "
+                "is the vocabulary size that of the tokenizer?"
+            )
+        return values.astype(self.dtype)
+
+    def close(self) -> None:
+        """Write the index and put both files in place."""
+        if self._file.closed:
+            return
+        try:
+            _sync_and_close(self._file)
+            with open(self._temporary[".idx"], "wb") as file:
+                self._write_index(file)
+                _sync_and_close(file)
+            # No moment with a new .bin beside an old .idx: a crash here leaves no .idx, which opening
+            # reports.
+            Path(self.prefix + ".idx").unlink(missing_ok=True)
+            for end, path in self._temporary.items():
+                os.replace(path, self.prefix + end)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _write_index(self, file: Any) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.zeros(0, np.int32)
+        file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(self._bounds)))
+        file.write(lengths.astype("<i4").tobytes())
+        for first, offsets in _running_offsets(lengths, self.dtype.itemsize):
+            file.write(offsets[: len(lengths) - first].astype("<i8").tobytes())
+        file.write(np.frombuffer(self._bounds, dtype=np.int64).astype("<i8").tobytes())
+
+    def discard(self) -> None:
+        """Give up: remove what was written so far."""
+        self._file.close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+class _Header(NamedTuple):
+    dtype_code: int
+    sequences: int
+    bounds: int
+
+
+def _sync_and_close(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _map(path: Path) -> NDArray[np.uint8]:
+    """The file's bytes, mapped read-only (an empty file cannot be mapped)."""
+    try:
+        if path.stat().st_size == 0:
+            return np.zeros(0, np.uint8)
+        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: no such file; give the prefix without .bin or .idx") from None
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_header(path: Path, index: NDArray[np.uint8]) -> _Header:
+    if index.size < _HEADER.size or bytes(index[: len(MAGIC)]) != MAGIC:
+        raise DatasetError(f"{path}: not an index of Megatron's format (MMIDIDX); {_AGAIN}")
+    _, version, code, sequences, bounds = _HEADER.unpack(index[: _HEADER.size].tobytes())
+    if version != VERSION:
+        raise DatasetError(f"{path}: version {version} of the format, known is {VERSION}; {_AGAIN}")
+    if code not in _DTYPES:
+        raise DatasetError(f"{path}: dtype code {code} is no type of token ids; {_AGAIN}")
+    expected = _HEADER.size + 12 * sequences + 8 * bounds
+    if index.size != expected:
+        hint = ""
+        if index.size == expected + sequences:
+            hint = " (one byte a sequence more: a multimodal file, which text training cannot use)"
+        raise DatasetError(f"{path}: {index.size:,} bytes, its header describes {expected:,}{hint}; {_AGAIN}")
+    return _Header(code, sequences, bounds)
+
+
+def _running_offsets(lengths: NDArray[np.int32], itemsize: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """(first, byte offsets of sequences first, first + 1, ... and the end of the last one), chunk by
+    chunk."""
+    end = 0
+    for first in range(0, len(lengths), _CHUNK):
+        steps = np.asarray(lengths[first : first + _CHUNK], dtype=np.int64) * itemsize
+        offsets = np.concatenate(([end], steps)).cumsum()
+        end = int(offsets[-1])
+        last = first + _CHUNK >= len(lengths)
+        yield first, offsets if last else offsets[:-1]
+
+
+def _check_index(
+    path: Path,
+    lengths: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    dtype: np.dtype[Any],
+    bounds: NDArray[np.int64],
+) -> int:
+    """Number of tokens, once lengths, offsets and document bounds agree with each other."""
+    end = 0
+    for first, expected in _running_offsets(lengths, dtype.itemsize):
+        chunk = slice(first, first + _CHUNK)
+        stored = offsets[chunk]
+        if (lengths[chunk] < 0).any() or (stored != expected[: len(stored)]).any():
+            raise DatasetError(f"{path}: lengths and offsets near sequence {first:,} disagree; {_AGAIN}")
+        end = int(expected[-1])
+    if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != len(lengths):
+        raise DatasetError(
+            f"{path}: the document bounds do not span the {len(lengths):,} sequences; {_AGAIN}"
+        )
+    for first in range(0, len(bounds), _CHUNK):
+        if (np.diff(bounds[first : first + _CHUNK + 1]) < 0).any():
+            raise DatasetError(f"{path}: the document bounds near document {first:,} go backwards; {_AGAIN}")
+    return end // dtype.itemsize

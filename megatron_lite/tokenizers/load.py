@@ -1,0 +1,59 @@
+"""From a specification in a config or on a command line to a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_lite.tokenizers.base import Tokenizer, TokenizerError, read_bytes
+from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer
+from megatron_lite.tokenizers.openai import TiktokenTokenizer
+from megatron_lite.tokenizers.simple import ByteTokenizer, CharTokenizer, WordTokenizer
+from megatron_lite.tokenizers.spm import SentencePieceTokenizer
+
+_KINDS: dict[str, Callable[[str, str], Tokenizer]] = {
+    "char": CharTokenizer.load,
+    "word": WordTokenizer.load,
+    "gpt2": HuggingFaceTokenizer.load_gpt2,
+    "hf": HuggingFaceTokenizer.load,
+    "tiktoken": TiktokenTokenizer,
+    "sentencepiece": SentencePieceTokenizer,
+}
+_ENDINGS = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `spec` names.
+
+    spec: byte, char:FILE, word:FILE, gpt2:FOLDER_OR_PREFIX, hf:tokenizer.json, tiktoken:FILE,
+        sentencepiece:FILE, or
+        a path alone, whose kind is seen from its ending and content
+
+    Raises TokenizerError for an unknown kind, a missing or damaged file, or a library that is not installed.
+    """
+    if spec == "byte":
+        return ByteTokenizer()
+    kind, separator, path = spec.partition(":")
+    if not separator or kind not in _KINDS:
+        kind, path = _kind_of(spec), spec
+    return _KINDS[kind](path, spec)
+
+
+def _kind_of(spec: str) -> str:
+    path = Path(spec)
+    if path.suffix in _ENDINGS:
+        return _ENDINGS[path.suffix]
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file():
+            return "hf"
+        return "gpt2"
+    if path.suffix == ".json":
+        try:
+            content = json.loads(read_bytes(path))
+        except ValueError as error:
+            raise TokenizerError(f"{spec}: not JSON: {error}") from None
+        kind = content.get("type") if isinstance(content, dict) else None
+        return kind if kind in ("char", "word") else "hf"
+    kinds = ", ".join(f"{kind}:FILE" for kind in _KINDS)
+    raise TokenizerError(f'unknown tokenizer "{spec}": take byte, {kinds}, or the path of such a file')

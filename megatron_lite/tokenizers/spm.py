@@ -1,0 +1,51 @@
+"""SentencePiece models (BPE or unigram)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lite.tokenizers.base import TokenizerError, checked, hash_of, missing, read_bytes
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece .model file; its </s>, where it has one, ends documents.
+
+    Text comes back as the model normalises it: exactly, where it was trained with identity normalisation.
+    """
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise missing("sentencepiece", "sentencepiece: tokenizers") from None
+        self.name = name or f"sentencepiece:{path}"
+        content = read_bytes(path)
+        self._fingerprint = hash_of("sentencepiece", content)
+        try:
+            self._model = SentencePieceProcessor(model_proto=content)
+        except RuntimeError:
+            raise TokenizerError(f"{path}: not a SentencePiece model") from None
+        self.vocab_size = int(self._model.vocab_size())
+        eos = int(self._model.eos_id())
+        self.eod_id = eos if eos >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._model.encode(text, out_type=int))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # One thread: corpus encoding has its own processes.
+        return list(self._model.encode(list(texts), out_type=int, num_threads=1))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        documents: list[list[int]] = [[]]
+        for value in checked(ids, self.vocab_size, self.name):
+            if value == self.eod_id:
+                documents.append([])
+            else:
+                documents[-1].append(value)
+        eod = self._model.id_to_piece(self.eod_id) if self.eod_id is not None else ""
+        return str(eod).join(self._model.decode(document) for document in documents)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
