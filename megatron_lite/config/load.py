@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -167,6 +168,8 @@ def apply_override(tree: Tree, override: str) -> list[Problem]:
     except json.JSONDecodeError:
         value = text
     *parents, last = path.split(".")
+    if isinstance(value, int | float) and _takes_text(parents, last):
+        value = text
     node = tree
     for depth, name in enumerate(parents):
         if node.get(name) is None:
@@ -176,6 +179,16 @@ def apply_override(tree: Tree, override: str) -> list[Problem]:
         node = node[name]
     node[last] = value
     return []
+
+
+def _takes_text(parents: list[str], name: str) -> bool:
+    section = section_at(parents)
+    field = section.model_fields.get(name) if section else None
+    return field is not None and (field.annotation is str or _is_union_with(field.annotation, str))
+
+
+def _is_union_with(annotation: Any, member: type) -> bool:
+    return isinstance(annotation, UnionType) and member in get_args(annotation)
 
 
 def merge_deepspeed(tree: Tree, extra: Tree, source: str) -> list[Problem]:
