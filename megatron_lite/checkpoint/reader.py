@@ -221,12 +221,8 @@ def step_folders(directory: Path) -> list[Path]:
     latest = step_of(Path(pointer)) if _STEP.match(pointer) else None
 
     def order(path: Path) -> tuple[bool, int, str]:
-        step = step_of(path)
-        return (
-            latest is not None and step > latest,
-            -step,
-            path.name,
-        )  # what was replaced (.old) after its heir
+        # What was replaced (.old) comes after what replaced it.
+        return latest is not None and step_of(path) > latest, -step_of(path), path.name
 
     return sorted(found, key=order)
 

@@ -105,7 +105,6 @@ def _publish(
     """Index the files, give the folder its name, point `latest` at it and drop what is no longer kept."""
     check_coverage(piece for entry in entries for piece in entry.pieces.values())
     write_index(temporary, Index(step, metadata, entries))
-    fsync_directory(temporary)
     replaced = final.with_name(final.name + ".old")
     if final.exists():
         if replaced.exists():
