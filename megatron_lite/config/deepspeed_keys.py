@@ -141,3 +141,31 @@ ZERO_KEYS: dict[str, str] = (
     | dict.fromkeys(_ZERO_NUMBERS, "a whole number")
     | dict.fromkeys(_ZERO_OBJECTS, "an object")
 )
+
+_BF16 = (
+    "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+)
+_FP16 = (
+    "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+    "min_loss_scale fp16_master_weights_and_grads"
+)
+_PIPELINE = (
+    "stages partition seed_layers activation_checkpoint_interval pipe_partitioned grad_partitioned "
+    "use_reentrant"
+)
+_OFFLOAD_PARAM = "device nvme_path buffer_count buffer_size max_in_cpu pin_memory"
+_OFFLOAD_OPTIMIZER = (
+    "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
+    "cpuadam_cores_perc"
+)
+
+# Keys of the objects inside; DeepSpeed ignores unknown ones in pipeline and data_types.
+NESTED_KEYS: dict[str, frozenset[str]] = {
+    "bf16": frozenset(_BF16.split()),
+    "bfloat16": frozenset(_BF16.split()),
+    "fp16": frozenset(_FP16.split()),
+    "pipeline": frozenset(_PIPELINE.split()),
+    "data_types": frozenset(["grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"]),
+    "zero_optimization.offload_param": frozenset(_OFFLOAD_PARAM.split()),
+    "zero_optimization.offload_optimizer": frozenset(_OFFLOAD_OPTIMIZER.split()),
+}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .deepspeed_keys import REMOVED_KEYS, REMOVED_ZERO_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS
+from .deepspeed_keys import NESTED_KEYS, REMOVED_KEYS, REMOVED_ZERO_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS
 from .errors import Problem, unknown_key
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ REPLACED_KEYS = {
     "tensor_parallel": "parallel.tensor",
     "sequence_parallel_size": "parallel.sequence_parallel",
 }
+_OBJECTS = ("bf16", "bfloat16", "data_types", "fp16", "optimizer", "pipeline", "scheduler", "torch_autocast")
 _SCHEDULERS = {"cosine": "WarmupCosineLR", "linear": "WarmupDecayLR", "constant": "WarmupLR"}
 
 
@@ -38,18 +39,12 @@ def check_keys(section: Tree) -> Iterator[Problem]:
             yield Problem(path, f"is not used here; remove it and set {REPLACED_KEYS[key]}")
         elif key not in TOP_LEVEL_KEYS:
             yield unknown_key(path, TOP_LEVEL_KEYS - REPLACED_KEYS.keys())
-    for key in (
-        "bf16",
-        "bfloat16",
-        "fp16",
-        "optimizer",
-        "scheduler",
-        "pipeline",
-        "data_types",
-        "torch_autocast",
-    ):
-        if not isinstance(section.get(key) or {}, dict):
-            yield Problem(f"deepspeed.{key}", f"must be an object, not {json.dumps(section[key])}")
+    for key in _OBJECTS:
+        value = section.get(key)
+        if value is None or isinstance(value, dict):
+            yield from _check_nested(key, value)
+        else:
+            yield Problem(f"deepspeed.{key}", f"must be an object, not {json.dumps(value)}")
     zero = section.get("zero_optimization")
     if zero is None:
         return
@@ -60,6 +55,13 @@ def check_keys(section: Tree) -> Iterator[Problem]:
         return
     for key, value in zero.items():
         yield from _check_zero_key(key, value)
+
+
+def _check_nested(path: str, value: Tree | None) -> Iterator[Problem]:
+    known = NESTED_KEYS.get(path)
+    for key in value or {}:
+        if known is not None and key not in known:
+            yield unknown_key(f"deepspeed.{path}.{key}", known)
 
 
 def _check_zero_key(key: str, value: Any) -> Iterator[Problem]:
@@ -76,6 +78,8 @@ def _check_zero_key(key: str, value: Any) -> Iterator[Problem]:
             yield Problem(path, f"must be 0, 1, 2 or 3, not {json.dumps(value)}")
     elif value != "auto" and not _matches(value, known):
         yield Problem(path, f"must be {known}, not {json.dumps(value)}")
+    elif isinstance(value, dict):
+        yield from _check_nested(f"zero_optimization.{key}", value)
 
 
 def _matches(value: Any, known: str) -> bool:
