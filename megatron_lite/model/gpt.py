@@ -1,7 +1,6 @@
 """The GPT model, once: a list of named layers, from which the plain module and the pipeline are both made."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +11,10 @@ from megatron_lite.model.norm import Norm
 from megatron_lite.model.rotary import Rotary
 from megatron_lite.model.runtime import Context, Runtime
 from megatron_lite.parallel.collectives import scatter_to_sequence_region
-from megatron_lite.parallel.layers import VocabParallelEmbedding, replicated, vocab_parallel_logits
+from megatron_lite.parallel.layers import VocabParallelEmbedding, vocab_parallel_logits
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.parallel.random import dropout, place_seed
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One entry of the model's list.
-
-    Attributes:
-        name: prefix of its parameters' canonical names.
-        build: makes the module; its forward takes (hidden, context).
-        cost: multiply-adds a token of its matrix products, by which pipeline stages are balanced.
-        tied_to: the layer whose weight it uses instead of one of its own.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    cost: float
-    tied_to: str | None = None
+from megatron_lite.parallel.stages import Layer
 
 
 class Embedding(VocabParallelEmbedding):
@@ -104,20 +87,19 @@ def gpt_layers(config: ModelConfig, runtime: Runtime) -> list[Layer]:
 
     def block(layer: int) -> Layer:
         name = f"blocks.{layer}"
-        return Layer(name, lambda: Block(name, layer, c, runtime, rotary), block_cost)
+        return Layer(name, lambda _: Block(name, layer, c, runtime, rotary), block_cost, repeated=True)
+
+    def embedding(_: nn.Parameter | None) -> nn.Module:
+        return Embedding("embed", c.padded_vocab_size, hidden, runtime.build, std=c.init_method_std)
 
     return [
-        Layer(
-            "embed",
-            lambda: Embedding("embed", c.padded_vocab_size, hidden, runtime.build, std=c.init_method_std),
-            0.0,
-        ),
-        Layer("position", lambda: Position("position", c, runtime), 0.0),
+        Layer("embed", embedding),
+        Layer("position", lambda _: Position("position", c, runtime)),
         *(block(layer) for layer in range(c.num_layers)),
-        Layer("norm", lambda: FinalNorm("norm", hidden, c, runtime), 0.0),
+        Layer("norm", lambda _: FinalNorm("norm", hidden, c, runtime)),
         Layer(
             "head",
-            lambda: Head("head", c, runtime),
+            lambda weight: Head("head", c, runtime, weight),
             hidden * c.padded_vocab_size,
             tied_to="embed" if c.tie_embeddings else None,
         ),
@@ -130,18 +112,21 @@ class GPT(nn.Module):
     Parameter names are the canonical ones (`blocks.0.attention.linear_qkv.weight`).
     """
 
+    embed: nn.Module
+    position: nn.Module
+    norm: nn.Module
+    head: nn.Module
+
     def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
         self.config, self.runtime = config, runtime
         self.blocks = nn.ModuleList()
         for layer in gpt_layers(config, runtime):
-            if layer.name.startswith("blocks."):
-                self.blocks.append(layer.build())
-            elif layer.tied_to is not None:
-                tied = getattr(self, layer.tied_to).weight
-                self.add_module(layer.name, Head(layer.name, config, runtime, weight=tied))
+            tied = getattr(self, layer.tied_to).weight if layer.tied_to else None
+            if layer.repeated:
+                self.blocks.append(layer.build(tied))
             else:
-                self.add_module(layer.name, layer.build())
+                self.add_module(layer.name, layer.build(tied))
 
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
         """Tokens [b, s] -> this tensor rank's logits [b, s, V/t].

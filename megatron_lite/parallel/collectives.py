@@ -24,6 +24,10 @@ from megatron_lite.parallel.mesh import Mesh
 
 SEQUENCE_DIM = 1
 
+# torch 2.13 renamed these two.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
     """Sum over the tensor-parallel group, as a new tensor."""
@@ -34,16 +38,16 @@ def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
 
 def all_gather(x: Tensor, mesh: Mesh, dim: int) -> Tensor:
     """Concatenation over the tensor-parallel group along `dim`."""
-    parts = x.new_empty(mesh.tensor_size, *x.shape)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=mesh.tensor_group)
-    return torch.cat(parts.unbind(0), dim)
+    parts = x.new_empty(mesh.tensor_size * x.size(0), *x.shape[1:])
+    _all_gather(parts, x.contiguous(), group=mesh.tensor_group)
+    return torch.cat(parts.chunk(mesh.tensor_size), dim)
 
 
 def reduce_scatter(x: Tensor, mesh: Mesh, dim: int) -> Tensor:
     """Sum over the tensor-parallel group, of which this rank keeps its slice along `dim`."""
-    parts = torch.stack(x.chunk(mesh.tensor_size, dim))
-    out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts, group=mesh.tensor_group)
+    parts = x.chunk(mesh.tensor_size, dim)
+    out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    _reduce_scatter(out, torch.cat(parts), group=mesh.tensor_group)
     return out
 
 

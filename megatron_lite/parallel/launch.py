@@ -107,7 +107,8 @@ def init_distributed(launch: Launch, device: torch.device, timeout_minutes: floa
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     if launch.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     init_method = f"tcp://{launch.address}:{launch.port}" if launch.launcher == "srun" else "env://"
     dist.init_process_group(

@@ -40,7 +40,7 @@ def dropout(x: Tensor, p: float, seed: int, mesh: Mesh, *, shard_dim: int | None
 
 
 def dropout_mask(
-    shape: torch.Size, p: float, seed: int, mesh: Mesh, shard_dim: int | None, like: Tensor
+    shape: tuple[int, ...], p: float, seed: int, mesh: Mesh, shard_dim: int | None, like: Tensor
 ) -> Tensor:
     """The factor of `dropout`: 0 or 1 / (1 - p), of the given local shape, with `like`'s dtype and device."""
     generator = torch.Generator(like.device).manual_seed(seed)

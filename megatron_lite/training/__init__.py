@@ -1,0 +1,1 @@
+"""The training run: engine (the one door to DeepSpeed), loop, schedule, metrics and what keeps a run alive."""

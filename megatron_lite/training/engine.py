@@ -1,0 +1,376 @@
+"""The one door to DeepSpeed: two engines, with and without pipeline stages, behind one face.
+
+An engine takes this rank's micro-batches of one global batch and does one optimizer step. The ways round
+DeepSpeed's traps are here and in `parallel/`; each has a test that fails without it.
+"""
+
+import importlib
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
+from deepspeed.runtime.pipe.engine import PipelineEngine  # noqa: E402
+
+from megatron_lite.checkpoint import Piece, Reader  # noqa: E402
+from megatron_lite.config import Config, OptimizerConfig  # noqa: E402
+from megatron_lite.data.loader import Batch  # noqa: E402
+from megatron_lite.model.gpt import GPT, gpt_layers  # noqa: E402
+from megatron_lite.model.runtime import Runtime  # noqa: E402
+from megatron_lite.parallel.loss import weighted_loss  # noqa: E402
+from megatron_lite.parallel.parameter import spec_of  # noqa: E402
+from megatron_lite.parallel.pipeline import build_pipeline  # noqa: E402
+from megatron_lite.training import gradients, optimizer_state  # noqa: E402
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Said on every rank of names and collectives that DeepSpeed uses, not we.
+warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)
+warnings.filterwarnings("ignore", "c10d::broadcast_", UserWarning)
+
+# DeepSpeed would compile a shared-memory all-reduce for CPUs at start (over a minute; a stale lock hangs for ever).
+# Only its inference uses it.
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch's unmasked tokens, in nats.
+        grad_norm: global L2 norm before clipping; inf or nan where a gradient is not finite.
+        skipped: the weights were left alone (fp16 overflow, or a gradient that is not finite).
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), torch's fused form; only matrices decay."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        groups[spec_of(parameter).decays].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": config.weight_decay if decays else 0.0}
+            for decays, members in groups.items()
+            if members
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+class Engine:
+    """What the training loop drives; `build_engine` gives the right kind.
+
+    Attributes:
+        module: this rank's part of the model.
+        optimizer: the torch optimizer; after DeepSpeed wrapped it, it steps the fp32 masters.
+        deepspeed: DeepSpeed's engine.
+    """
+
+    module: nn.Module
+    deepspeed: DeepSpeedEngine
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime, self.mesh = config, runtime, runtime.mesh
+        self.settings = config.deepspeed_dict(self.mesh.world_size)
+        # DeepSpeed's clipping without ZeRO in fp32 counts tied copies twice and reports no norm: ours does not.
+        self.own_clipping = config.zero_stage == 0 and config.train.precision == "fp32"
+        if self.own_clipping:
+            self.settings["gradient_clipping"] = 0.0
+        self._own_norm = math.nan
+        deepspeed.init_distributed(dist_init_required=False)
+        self.micro_batches = config.accumulation_steps(self.mesh.world_size)
+
+    # What the two kinds do each in their way.
+    def train_step(self, batches: list[Batch], step: int) -> StepResult:
+        """One optimizer step on this rank's micro-batches; `step` counts those done before."""
+        raise NotImplementedError
+
+    def eval_step(self, batches: list[Batch]) -> tuple[float, float]:
+        """Loss (mean over unmasked tokens) and number of those tokens, over all ranks' micro-batches."""
+        raise NotImplementedError
+
+    # What they share.
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _adopt(self, module: nn.Module, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
+        self.module, self.deepspeed, self.optimizer = module, engine, optimizer
+        if hasattr(engine.optimizer, "check_grad_overflow"):
+            # Also in fp32 and bf16: a gradient that is not finite must never reach the weights.
+            engine.optimizer.check_grad_overflow = True
+
+    def loss_weights(self, batches: list[Batch]) -> tuple[list[Tensor], float]:
+        """Per-token weights that make the sum of all ranks' losses the mean over the batch's unmasked tokens.
+
+        DeepSpeed divides by the number of micro-batches and averages over data-parallel ranks, so that is
+        multiplied in. Collective where the mask may differ between ranks.
+        """
+        masks = [torch.from_numpy(batch.loss_mask) for batch in batches]
+        tokens = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum().to(self.runtime.device)
+        if self.mesh.data_size > 1:
+            dist.all_reduce(tokens, group=self.mesh.data_group)
+        total = float(tokens)
+        scale = len(batches) * self.mesh.data_size / max(total, 1.0)
+        return [(mask * scale).to(self.runtime.device) for mask in masks], total
+
+    def extras(self, batch: Batch) -> dict[str, Tensor]:
+        """Positions and segments of a micro-batch, where the configuration restarts them at documents."""
+        arrays = {"positions": batch.position_ids, "segments": batch.segments}
+        return {
+            name: torch.from_numpy(array).to(self.runtime.device)
+            for name, array in arrays.items()
+            if array is not None
+        }
+
+    def grad_norm(self) -> float:
+        """The global norm of the last step's gradient, before clipping."""
+        norm = self._own_norm if self.own_clipping else self.deepspeed.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def clip_own(self) -> None:
+        """Clips without DeepSpeed's help; drops a gradient that is not finite, so that the step changes nothing."""
+        if self.own_clipping:
+            limit = self.config.optimizer.grad_clip
+            self._own_norm = gradients.clip(self.module.parameters(), self.mesh, limit)
+            if not math.isfinite(self._own_norm):
+                self.module.zero_grad(set_to_none=True)
+
+    def _result(self, loss: Tensor) -> StepResult:
+        norm = self.grad_norm()
+        overflow = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        return StepResult(float(loss), norm, overflow or not math.isfinite(norm))
+
+    def _fragments(self) -> list[optimizer_state.Fragment]:
+        held = [p for p in self.module.parameters() if not getattr(p, "ds_pipe_replicated", False)]
+        return optimizer_state.fragments(held, self.optimizer, self.deepspeed.optimizer)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank writes into a checkpoint: fp32 masters and Adam moments."""
+        return optimizer_state.pieces(
+            self._fragments(), self.optimizer, self.mesh, replicated=self.config.zero_stage == 0
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the pieces, as JSON."""
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return {
+            "optimizer_steps": optimizer_state.steps_taken(self.optimizer),
+            "loss_scaler": {
+                key: value
+                for key, value in vars(scaler).items()
+                if isinstance(value, int | float | bool) and self.config.train.precision == "fp16"
+            }
+            if scaler is not None
+            else {},
+        }
+
+    def load(self, reader: Reader, weights_only: bool = False) -> None:
+        """Takes weights (and masters, moments, loss scale) from a checkpoint written by any layout."""
+        state = reader.metadata.get("engine", {})
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                self._load_weight(parameter, reader)
+        owned = list(self._all_fragments())
+        steps = None if weights_only else int(state.get("optimizer_steps", 0))
+        optimizer_state.load_pieces(owned, self.optimizer, reader, steps)
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        if scaler is not None and not weights_only:
+            vars(scaler).update(state.get("loss_scaler", {}))
+
+    def _all_fragments(self) -> list[optimizer_state.Fragment]:
+        return optimizer_state.fragments(
+            list(self.module.parameters()), self.optimizer, self.deepspeed.optimizer
+        )
+
+    def _load_weight(self, parameter: Any, reader: Reader) -> None:
+        """The working copy of a weight, in the training precision: whole, or this rank's part under ZeRO-3."""
+        spec = spec_of(parameter)
+        if hasattr(parameter, "ds_tensor"):
+            size = parameter.ds_tensor.ds_numel
+            start = size * dist.get_rank(group=parameter.ds_process_group)
+            stop = min(start + size, parameter.ds_numel)
+            if start < stop:
+                part = reader.read_flat(spec.name, "weight", spec.dim, spec.start, spec.stop, start, stop)
+                parameter.ds_tensor.view(-1)[: stop - start].copy_(part)
+            if getattr(parameter, "ds_persist", False):  # small parameters stay gathered on every rank
+                parameter.data.copy_(reader.read(spec.name, dim=spec.dim, start=spec.start, stop=spec.stop))
+            return
+        parameter.copy_(reader.read(spec.name, dim=spec.dim, start=spec.start, stop=spec.stop))
+
+
+class PlainEngine(Engine):
+    """One stage: DeepSpeed's engine with ZeRO 0 to 3, tensor parallelism inside the model."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        with self._partitioned() if config.zero_stage == 3 else nullcontext():
+            module = GPT(config.model, runtime)
+        optimizer = build_optimizer(module.parameters(), config.optimizer)
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self.settings, mpu=self.mesh, dist_init_required=False
+        )
+        self._adopt(module, engine, optimizer)
+
+    def _partitioned(self) -> Any:
+        """The context in which ZeRO-3 divides each layer's parameters as soon as they are made."""
+        return deepspeed.zero.Init(  # no dtype: it would force bf16 on CPUs
+            data_parallel_group=self.mesh.data_group,
+            config_dict_or_path=self.settings,
+            mpu=self.mesh,
+            mem_efficient_linear=False,  # it would replace torch's linear for the whole process
+        )
+
+    def train_step(self, batches: list[Batch], step: int) -> StepResult:
+        self.deepspeed.train()
+        weights, _ = self.loss_weights(batches)
+        total = torch.zeros((), device=self.runtime.device)
+        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            clock = self.runtime.clock
+            clock.step, clock.micro_batch = step, number * self.mesh.data_size + self.mesh.data_rank
+            loss = self._loss(batch, weight)
+            total += loss.detach()
+            self.deepspeed.backward(loss)
+            if number < len(batches) - 1:
+                self.deepspeed.step()  # counts the micro-batch
+        self.clip_own()
+        self.deepspeed.step()
+        return self._result(self._mean(total, len(batches)))
+
+    @torch.no_grad()
+    def eval_step(self, batches: list[Batch]) -> tuple[float, float]:
+        self.deepspeed.eval()
+        weights, tokens = self.loss_weights(batches)
+        losses = [self._loss(batch, weight) for batch, weight in zip(batches, weights, strict=True)]
+        return float(self._mean(torch.stack(losses).sum(), len(batches))), tokens
+
+    def _loss(self, batch: Batch, weights: Tensor) -> Tensor:
+        tokens, labels = (torch.from_numpy(a).to(self.runtime.device) for a in (batch.tokens, batch.labels))
+        logits = self.deepspeed(tokens, self.runtime.context(**self.extras(batch)))
+        assert self.config.model.vocab_size is not None
+        return weighted_loss(logits, labels, weights, self.mesh, self.config.model.vocab_size)
+
+    def _mean(self, total: Tensor, count: int) -> Tensor:
+        total = total / count
+        if self.mesh.data_size > 1:
+            dist.all_reduce(total, group=self.mesh.data_group)
+        return total / self.mesh.data_size
+
+
+class _Stages(PipelineEngine):
+    """DeepSpeed's pipeline engine with three corrections."""
+
+    face: "StagedEngine"
+
+    def _exec_reduce_tied_grads(self) -> None:
+        # DeepSpeed reads weight.grad, which is empty where ZeRO keeps gradients in another precision: the tied
+        # copies would then train apart without any error.
+        for weight, group in self.module.get_tied_weights_and_groups():
+            if self.using_bf16_optimizer:
+                grad = weight._hp_grad
+            elif hasattr(self.optimizer, "get_param_gradient_attribute"):
+                grad = self.optimizer.get_param_gradient_attribute(weight)
+            else:
+                grad = weight.grad
+            if grad is None:
+                raise RuntimeError("a tied weight has no gradient: its copies would drift apart")
+            dist.all_reduce(grad, group=group)
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        self.face.begin_micro_batch()
+        super()._exec_forward_pass(buffer_id)
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        self.face.clip_own()
+        super()._exec_optimizer_step(lr_kwargs)
+
+
+# The map holds plain functions, so that overriding a method alone changes nothing.
+_Stages._INSTRUCTION_MAP = {
+    instruction: getattr(_Stages, method.__name__)
+    for instruction, method in PipelineEngine._INSTRUCTION_MAP.items()
+}
+
+
+class StagedEngine(Engine):
+    """Pipeline stages: DeepSpeed's one-forward-one-backward schedule with ZeRO-1 over the data-parallel ranks."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        super().__init__(config, runtime)
+        data = config.data
+        flags = {"positions": data.reset_position_ids, "segments": data.reset_attention_mask}
+        self._extra_names = [name for name, on in flags.items() if on]
+        self._forwards = 0
+        module = build_pipeline(
+            gpt_layers(config.model, runtime),
+            self.mesh,
+            lambda *extras: runtime.context(**dict(zip(self._extra_names, extras, strict=True))),
+            self._loss,
+            config.parallel.pipeline_partition,
+        )
+        optimizer = build_optimizer(module.parameters(), config.optimizer)
+        engine = _Stages(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            mpu=module.mpu(),
+            dist_init_required=False,
+            config=self.settings,
+            config_class=DeepSpeedConfig(self.settings, module.mpu()),
+        )
+        engine.face = self
+        self._adopt(module, engine, optimizer)
+
+    def train_step(self, batches: list[Batch], step: int) -> StepResult:
+        self.runtime.clock.step, self._forwards = step, 0
+        weights, _ = self.loss_weights(batches)
+        return self._result(self.deepspeed.train_batch(self._feed(batches, weights)))
+
+    @torch.no_grad()
+    def eval_step(self, batches: list[Batch]) -> tuple[float, float]:
+        weights, tokens = self.loss_weights(batches)
+        loss = self.deepspeed.eval_batch(self._feed(batches, weights), num_micro_batches=len(batches))
+        return float(loss), tokens
+
+    def begin_micro_batch(self) -> None:
+        """Called before each forward pass of this stage; micro-batches pass through it in order."""
+        self.runtime.clock.micro_batch = self._forwards * self.mesh.data_size + self.mesh.data_rank
+        self._forwards += 1
+
+    def _feed(self, batches: list[Batch], weights: list[Tensor]) -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
+        """What the first stage ((tokens, *extras)) and the last (labels, weights) take from each micro-batch."""
+        for batch, weight in zip(batches, weights, strict=True):
+            tokens, extras = torch.from_numpy(batch.tokens), self.extras(batch)
+            inputs = (tokens, *(extras[name] for name in self._extra_names)) if extras else tokens
+            yield inputs, (torch.from_numpy(batch.labels), weight)
+
+    def _loss(self, outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        assert self.config.model.vocab_size is not None
+        return weighted_loss(logits, *targets, self.mesh, self.config.model.vocab_size)
+
+
+def build_engine(config: Config, runtime: Runtime) -> Engine:
+    """The engine for a configuration whose vocabulary size is known, on an initialised process group."""
+    return (StagedEngine if runtime.mesh.pipeline_size > 1 else PlainEngine)(config, runtime)

@@ -1,0 +1,139 @@
+"""Which part of the fp32 masters and Adam moments this rank owns, under every ZeRO stage.
+
+DeepSpeed keeps them in flat buffers laid out differently by each of its optimizers; here they become pieces keyed
+by what is true on every layout (name, tensor-parallel slice, flat range), and back.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.checkpoint import Piece, Reader
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parameter import ParameterSpec, spec_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous part of one parameter's shard, whose fp32 master lives on this rank.
+
+    Attributes:
+        flat_start: where it begins in the row-major flattened shard, in elements.
+        owner: the tensor that the torch optimizer steps, and keys its state by.
+        offset, numel: the part of the flattened owner that holds this fragment.
+    """
+
+    spec: ParameterSpec
+    flat_start: int
+    owner: Tensor
+    offset: int
+    numel: int
+
+    def view(self, of: Tensor) -> Tensor:
+        """The fragment's part of a tensor shaped like its owner, as a writable 1-D view."""
+        return of.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def fragments(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, wrapper: Any) -> list[Fragment]:
+    """This rank's fragments of every parameter.
+
+    Args:
+        parameters: the model's parameters held by this rank.
+        optimizer: the torch optimizer we gave to DeepSpeed (it now steps DeepSpeed's flat buffers).
+        wrapper: DeepSpeed's optimizer around it; the same object where there is none (ZeRO-0 in fp32).
+    """
+    if hasattr(wrapper, "grad_position"):
+        return [f for p in parameters for f in _zero3(p, wrapper)]
+    if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):  # ZeRO-0 in half precision
+        masters = {
+            id(low): high
+            for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+            for low, high in zip(lows, highs, strict=True)
+        }
+        return [Fragment(spec_of(p), 0, masters[id(p)], 0, p.numel()) for p in parameters]
+    if wrapper is optimizer:
+        return [Fragment(spec_of(p), 0, p, 0, p.numel()) for p in parameters]
+    return [f for p in parameters for f in _zero12(p, optimizer)]
+
+
+def _zero12(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is not None:
+        owner = optimizer.param_groups[mapping.param_group_index]["params"][0]
+        shard, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        yield Fragment(spec_of(parameter), shard.start, owner, flat.start, flat.numel)
+
+
+def _zero3(parameter: Any, wrapper: Any) -> Iterator[Fragment]:
+    group, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+    start = parameter.ds_tensor.ds_numel * _partition_rank(parameter)
+    # The last partition is padded; a parameter smaller than the number of ranks leaves some with nothing.
+    numel = max(0, min(size, parameter.ds_numel - start))
+    if numel:
+        yield Fragment(spec_of(parameter), start, wrapper.fp32_partitioned_groups_flat[group], offset, numel)
+
+
+def _partition_rank(parameter: Any) -> int:
+    return torch.distributed.get_rank(group=parameter.ds_process_group)
+
+
+def pieces(
+    owned: list[Fragment], optimizer: torch.optim.Optimizer, mesh: Mesh, replicated: bool
+) -> Iterator[Piece]:
+    """The pieces this rank writes: every element of the model is written by exactly one rank.
+
+    Args:
+        replicated: every data-parallel rank holds everything (ZeRO-0), so that the first one writes.
+    """
+    for fragment in owned:
+        spec = fragment.spec
+        if (spec.dim is None and mesh.tensor_rank) or (replicated and mesh.data_rank):
+            continue
+        state = optimizer.state.get(fragment.owner, {})
+        for kind in ("weight", *MOMENTS):
+            if kind == "weight":
+                data = fragment.view(fragment.owner)
+            elif kind in state:
+                data = fragment.view(state[kind])
+            else:
+                data = torch.zeros(fragment.numel)  # no optimizer step was taken yet
+            yield Piece(
+                name=spec.name,
+                kind=kind,
+                global_shape=spec.global_shape,
+                dim=spec.dim,
+                start=spec.start,
+                stop=spec.stop,
+                flat_start=fragment.flat_start,
+                data=data,
+            )
+
+
+@torch.no_grad()
+def load_pieces(
+    owned: list[Fragment], optimizer: torch.optim.Optimizer, reader: Reader, optimizer_steps: int | None
+) -> None:
+    """Fills this rank's masters, and unless `optimizer_steps` is None its moments, from a checkpoint of any layout."""
+    for fragment in owned:
+        spec, owner = fragment.spec, fragment.owner
+        where = (spec.dim, spec.start, spec.stop, fragment.flat_start, fragment.flat_start + fragment.numel)
+        fragment.view(owner).copy_(reader.read_flat(spec.name, "weight", *where))
+        if optimizer_steps is None:
+            continue
+        state = optimizer.state[owner]
+        if "exp_avg" not in state:  # the buffers do not exist before the first step
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(owner)
+        state["step"] = torch.tensor(float(optimizer_steps), device=owner.device)
+        for kind in MOMENTS:
+            fragment.view(state[kind]).copy_(reader.read_flat(spec.name, kind, *where))
+
+
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """Optimizer steps applied so far (skipped ones not counted); Adam's bias correction needs it."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)

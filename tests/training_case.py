@@ -1,0 +1,167 @@
+"""One small training run, on any layout: what the parity and resume tests compare."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_lite.config import Config, build_config
+from megatron_lite.data.loader import Batch
+from megatron_lite.model.runtime import Runtime
+from megatron_lite.ops import build_ops
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.training.engine import Engine, build_engine
+from megatron_lite.training.schedule import learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+GPT2 = {"position_embedding": "learned_absolute", "normalization": "LayerNorm", "activation": "gelu_tanh"}
+LLAMA = {
+    "position_embedding": "rope",
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "num_query_groups": 4,
+    "num_attention_heads": 8,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and a style; everything else is the same in all cases."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    zero: int = 1
+    sequence: bool = False
+    style: str = "gpt2"
+    tied: bool = True
+    recompute: str = "none"
+    precision: str = "fp32"
+    steps: int = 10
+    model: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        parts = [f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}", f"z{self.zero}", self.style]
+        parts += ["sp"] * self.sequence + ["untied"] * (not self.tied)
+        parts += [self.recompute] * (self.recompute != "none") + [self.precision] * (self.precision != "fp32")
+        return "-".join([*parts, *(f"{k}={v}" for k, v in (self.model | self.settings).items())])
+
+    def config(self) -> Config:
+        style = GPT2 if self.style == "gpt2" else LLAMA
+        model = {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "seq_length": 16,
+            "vocab_size": 61,
+            "make_vocab_size_divisible_by": 8,
+            "tie_embeddings": self.tied,
+            **style,
+            **self.model,
+        }
+        tree: dict[str, Any] = {
+            "model": model,
+            "parallel": {
+                "tensor": self.tensor,
+                "pipeline": self.pipeline,
+                "sequence_parallel": self.sequence,
+            },
+            "data": {"train": "unused"},
+            "train": {
+                "micro_batch_size": 2,
+                "global_batch_size": 8,
+                "steps": 10,
+                "precision": self.precision,
+                "recompute": self.recompute,
+                "output_dir": "unused",
+            },
+            "optimizer": {"lr": 0.01, "warmup_steps": 2, "weight_decay": 0.1, "grad_clip": 0.5},
+            # Tiny parameters are otherwise never partitioned by ZeRO-3.
+            "deepspeed": {
+                "zero_optimization": {"stage": self.zero}
+                | ({"stage3_param_persistence_threshold": 0} if self.zero == 3 else {})
+            },
+        }
+        for path, value in self.settings.items():
+            node = tree
+            *parents, last = path.split(".")
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[last] = value
+        return build_config(tree)
+
+
+def global_batch(step: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [G, S+1] and mask [G, S] of one step; with `eod_mask_loss` some tokens are masked, unevenly."""
+    rng = np.random.default_rng((7, step))
+    samples, length = config.train.global_batch_size, config.model.seq_length
+    assert config.model.vocab_size is not None
+    # Tokens follow a rule with noise, so that there is something to learn and gradients are not all noise.
+    start = rng.integers(0, config.model.vocab_size, (samples, 1))
+    tokens = (start + 3 * np.arange(length + 1) + rng.integers(0, 2, (samples, length + 1))) % config.model.vocab_size
+    mask = np.ones((samples, length), dtype=np.float32)
+    if config.data.eod_mask_loss:
+        for row in range(samples):
+            mask[row, rng.integers(2, length) :] = 0
+    return tokens.astype(np.int64), mask
+
+
+def rank_batches(step: int, config: Config, data_rank: int, data_size: int) -> list[Batch]:
+    """This data-parallel rank's micro-batches, in the loader's order."""
+    tokens, mask = global_batch(step, config)
+    size, out = config.train.micro_batch_size, []
+    for micro in range(config.train.global_batch_size // (size * data_size)):
+        rows = slice((micro * data_size + data_rank) * size, (micro * data_size + data_rank + 1) * size)
+        part = tokens[rows]
+        inputs, labels = np.ascontiguousarray(part[:, :-1]), np.ascontiguousarray(part[:, 1:])
+        eod = inputs % 11 == 0
+        segments = np.cumsum(eod, axis=1, dtype=np.int32) - eod.astype(np.int32)
+        starts = np.maximum.accumulate(np.where(np.pad(eod[:, :-1], ((0, 0), (1, 0))), np.arange(inputs.shape[1]), 0), axis=1)
+        positions = np.arange(inputs.shape[1]) - starts
+        out.append(
+            Batch(
+                inputs,
+                labels,
+                mask[rows],
+                positions.astype(np.int64) if config.data.reset_position_ids else None,
+                segments if config.data.reset_attention_mask else None,
+            )
+        )
+    return out
+
+
+def make_engine(config: Config) -> Engine:
+    """The engine of this rank, on the process group that is there."""
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
+    runtime = Runtime(
+        mesh=mesh,
+        ops=build_ops(config.kernels),
+        dtype=DTYPES[config.train.precision],
+        seed=config.train.seed,
+        recompute=config.train.recompute,
+    )
+    return build_engine(config, runtime)
+
+
+def train(engine: Engine, steps: range) -> list[tuple[float, float]]:
+    """(loss, grad norm) of each step."""
+    out = []
+    for step in steps:
+        engine.set_learning_rate(learning_rate(engine.config, step))
+        batches = rank_batches(step, engine.config, engine.mesh.data_rank, engine.mesh.data_size)
+        result = engine.train_step(batches, step)
+        out.append((result.loss, result.grad_norm))
+    return out
+
+
+def run_case(case: Case) -> list[tuple[float, float]]:
+    """The whole run of a case on this rank."""
+    return train(make_engine(case.config()), range(case.steps))
