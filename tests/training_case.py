@@ -83,7 +83,7 @@ class Case:
                 "recompute": self.recompute,
                 "output_dir": "unused",
             },
-            "optimizer": {"lr": 0.01, "warmup_steps": 2, "weight_decay": 0.1, "grad_clip": 0.5},
+            "optimizer": {"lr": 0.002, "warmup_steps": 2, "weight_decay": 0.1, "grad_clip": 0.5},
             # Tiny parameters are otherwise never partitioned by ZeRO-3.
             "deepspeed": {
                 "zero_optimization": {"stage": self.zero}
