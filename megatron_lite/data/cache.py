@@ -45,7 +45,7 @@ def cached(directory: Path | None, key: Mapping[str, Any], build: Callable[[], A
     """
     if directory is None:
         return build()
-    text = json.dumps(key, sort_keys=True, indent=1)
+    text = json.dumps(key, sort_keys=True)
     entry = directory / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     arrays = _load(entry, text)
     if arrays is not None:
@@ -67,10 +67,11 @@ def cached(directory: Path | None, key: Mapping[str, Any], build: Callable[[], A
 def _load(entry: Path, text: str) -> Arrays | None:
     """The entry's arrays, or None where it is absent or damaged."""
     try:
-        if (entry / "key.json").read_text() != text:
+        record = json.loads((entry / "key.json").read_text())
+        if record["key"] != json.loads(text):
             return None
-        return {path.stem: np.load(path, mmap_mode="r") for path in sorted(entry.glob("*.npy"))}
-    except (OSError, ValueError, EOFError):
+        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in record["arrays"]}
+    except (OSError, ValueError, EOFError, KeyError):
         return None
 
 
@@ -80,7 +81,9 @@ def _store(entry: Path, text: str, arrays: Arrays) -> None:
         temporary.chmod(0o755)
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
-        (temporary / "key.json").write_text(text)
+        (temporary / "key.json").write_text(
+            json.dumps({"key": json.loads(text), "arrays": list(arrays)}, indent=1)
+        )
         shutil.rmtree(entry, ignore_errors=True)  # only a damaged one is there: `cached` looked
         try:
             os.rename(temporary, entry)
