@@ -207,7 +207,9 @@ def _merge(into: Tree, extra: Tree, path: str, source: str) -> list[Problem]:
             into[key] = copy.deepcopy(value)
         elif isinstance(value, dict) and isinstance(into[key], dict):
             problems += _merge(into[key], value, here, source)
-        elif into[key] != value:
+        elif into[key] == "auto":
+            into[key] = value
+        elif value not in ("auto", into[key]):
             ours, theirs = json.dumps(into[key]), json.dumps(value)
             problems.append(Problem(here, f"is {ours} here and {theirs} in {source}; remove one of the two"))
     return problems

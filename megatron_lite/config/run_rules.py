@@ -33,8 +33,8 @@ def tokenizer_spec(config: Config) -> Iterator[Problem]:
         return
     kind, colon, path = spec.partition(":")
     if not colon:
-        match = closest(spec, ("byte", *_TOKENIZERS))
-        if match or not any(mark in spec for mark in "./"):
+        if not any(mark in spec for mark in "./"):
+            match = closest(spec, ("byte", *_TOKENIZERS))
             meant = "; did you mean " + (match if match == "byte" else f"{match}:FILE") + "?" if match else ""
             yield Problem("data.tokenizer", f'"{spec}" is neither byte, KIND:FILE nor a file{meant}')
     elif kind not in _TOKENIZERS:

@@ -27,5 +27,6 @@ def json_schema() -> dict[str, Any]:
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "megatron_lite configuration",
+        "description": "Every setting of a run.",
     }
     return schema | head

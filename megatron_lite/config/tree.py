@@ -22,7 +22,11 @@ from .sections import (
 
 
 class Config(Section):
-    """Every setting of a run."""
+    """Every setting of a run.
+
+    Made by `load_config` or `build_config`, which check the rules between keys; the constructor checks
+    types only.
+    """
 
     description: str | None = Field(default=None, description="what this configuration is for; free text")
     model: ModelConfig = Field(description="shape and make-up of the transformer")

@@ -209,6 +209,13 @@ def test_deepspeed_file_is_merged(small: Path, write: Write) -> None:
     }
 
 
+def test_auto_in_a_deepspeed_file_contradicts_nothing(tree: dict[str, Any], write: Write) -> None:
+    main = write(tree | {"deepspeed": {"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}})
+    extra = write({"zero_optimization": {"stage": "auto", "sub_group_size": 9}}, "ds.json")
+    zero = load_config(main, [], extra).deepspeed["zero_optimization"]
+    assert zero == {"stage": 2, "sub_group_size": 9}
+
+
 def test_deepspeed_file_may_not_contradict(tree: dict[str, Any], write: Write) -> None:
     main = write(tree | {"deepspeed": {"zero_optimization": {"stage": 1}, "wall_clock_breakdown": True}})
     extra = write({"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}, "ds.json")

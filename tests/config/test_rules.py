@@ -39,6 +39,12 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "model.rotary_percent: 0.1 of a head of 16 rotates 1 channels",
         ["model.rotary_percent=0.125"],
     ),
+    "odd part of a head": (
+        [ROPE, "model.rotary_percent=0.2"],
+        "model.rotary_percent: 0.2 of a head of 16 rotates 3 channels; that must be even and at least 2; "
+        "nearest: 0.25",
+        ["model.rotary_percent=0.25"],
+    ),
     "heads too narrow to rotate": (
         [ROPE, "model.kv_channels=1"],
         "model.kv_channels: rope needs heads at least 2 wide, not 1; nearest: 2",
@@ -126,9 +132,10 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         ["parallel.pipeline_partition=[2,1,1]"],
     ),
     "partition has the layers": (
-        ["parallel.pipeline=2", "parallel.pipeline_partition=[2,3]"],
-        "parallel.pipeline_partition: [2, 3] has 2 stages and 5 layers",
-        ["parallel.pipeline_partition=[2,2]"],
+        ["model.num_layers=5", "parallel.pipeline=2", "parallel.pipeline_partition=[2,2]"],
+        "parallel.pipeline_partition: [2, 2] has 2 stages and 4 layers; parallel.pipeline is 2 and "
+        "model.num_layers 5; for example [3, 2], or null",
+        ["parallel.pipeline_partition=[3,2]"],
     ),
     "micro-batches fill the batch": (
         ["train.global_batch_size=15"],
@@ -148,7 +155,12 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
     "no tokenizer at all": (
         ["data.tokenizer=bytes"],
         'data.tokenizer: "bytes" is neither byte, KIND:FILE nor a file; did you mean byte?',
-        ["data.tokenizer=folder/tokenizer.json"],
+        ["data.tokenizer=gpt2.json"],
+    ),
+    "not even like a tokenizer": (
+        ["data.tokenizer=zzzzz"],
+        'data.tokenizer: "zzzzz" is neither byte, KIND:FILE nor a file',
+        ["data.tokenizer=folder/zzzzz"],
     ),
     "document ends unknown": (
         ["data.tokenizer=null", "model.vocab_size=300", "data.reset_attention_mask=true"],
@@ -158,6 +170,7 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
     "split of words": (["data.split=a,b"], 'data.split: "a,b" is not one to three sizes', ["data.split=1,1"]),
     "split below zero": (["data.split=9,-1"], "data.split:", ["data.split=9,1"]),
     "split without training": (["data.split=0,1,1"], "data.split:", ["data.split=1,1,1"]),
+    "split into nothing": (["data.split=inf,1"], "data.split:", ["data.split=1,1"]),
     "split in four": (["data.split=1,1,1,1"], "data.split:", ["data.split=1"]),
     "empty blend": (["data.train=[]"], "data.train: names no data; give a prefix, or null", ["data.train=a"]),
     "empty prefix": (["data.valid="], "data.valid: names no data", ["data.valid=a"]),
@@ -279,8 +292,11 @@ def test_legal_neighbours(small: Path) -> None:
         ["data.reset_position_ids=true", "data.reset_attention_mask=true"],
         ["model.qk_layernorm=true", "model.num_query_groups=1"],
         [ROPE, "model.max_position_embeddings=8", YARN],
+        [ROPE, "model.kv_channels=2"],
         ["optimizer.schedule=wsd", "optimizer.warmup_steps=18"],
         ["train.precision=fp16"],
+        ["data.split=1,0,1"],
+        ["train.eval_interval=5", "data.split=1", "data.valid=a"],
     ]
     assert [problems(small, overrides) for overrides in legal] == [[]] * len(legal)
 
