@@ -23,6 +23,7 @@ class Launch:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     address: str = "127.0.0.1"
     port: int | None = None
     launcher: str = "python"
@@ -42,19 +43,22 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        local_size = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE", "1")
         address = environ.get("MASTER_ADDR", "127.0.0.1")
     elif "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         launcher = "srun"
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        # "8(x2),4" means 8 tasks on the first two nodes; the largest is what the limits below are for.
+        local_size = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
         address = environ.get("MASTER_ADDR") or _first_slurm_node(environ)
     else:
         return Launch()
     try:
         rank, world_size, local_rank = (int(environ.get(name, "0")) for name in names)
-        port = int(environ.get("MASTER_PORT", _SLURM_PORT))
+        port, local = int(environ.get("MASTER_PORT", _SLURM_PORT)), int(local_size)
     except ValueError as error:
         raise ValueError(f"the {launcher} launcher set a variable that is not a number: {error}") from error
-    return Launch(rank, world_size, local_rank, address, port, launcher)
+    return Launch(rank, world_size, local_rank, local, address, port, launcher)
 
 
 def _first_slurm_node(environ: Mapping[str, str]) -> str:
@@ -76,6 +80,9 @@ def _first_slurm_node(environ: Mapping[str, str]) -> str:
 def choose_device(setting: str, launch: Launch) -> torch.device:
     """The device this rank computes on: `auto` takes CUDA where there is a GPU for every local rank.
 
+    Also tells DeepSpeed, which decides for itself when it is imported, and on a CPU divides the cores among the
+    local ranks (unless OMP_NUM_THREADS says otherwise): more threads than cores wait for each other.
+
     Raises:
         ValueError: `cuda` was asked for and this machine has none, or fewer GPUs than local ranks.
     """
@@ -85,9 +92,12 @@ def choose_device(setting: str, launch: Launch) -> torch.device:
             f"train.device is cuda, but local rank {launch.local_rank} has no GPU ({gpus} found): "
             f"start at most {gpus} ranks a node, or set train.device to cpu"
         )
-    if setting != "cpu" and launch.local_rank < gpus:
+    if setting != "cpu" and gpus >= launch.local_size:
         torch.cuda.set_device(launch.local_rank)
         return torch.device("cuda", launch.local_rank)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
     return torch.device("cpu")
 
 

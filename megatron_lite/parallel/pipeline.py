@@ -25,6 +25,7 @@ class StageLayer(nn.Module):
 
     def __init__(self, layer: Layer, make_context: MakeContext) -> None:
         super().__init__()
+        self.name = layer.name
         self.layer = layer.build(None)
         self.make_context = make_context
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from torch import nn
 
@@ -60,7 +60,7 @@ def stage_bounds(layers: Sequence[Layer], stages: int, blocks: Sequence[int] | N
 def _balance(costs: tuple[float, ...], stages: int) -> list[int]:
     """Sizes of contiguous parts whose largest sum is smallest; among those the most even (by sum of squares)."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(start: int, parts: int) -> tuple[float, float, tuple[int, ...]]:
         if parts == 1:
             total = sum(costs[start:])

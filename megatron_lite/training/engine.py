@@ -31,7 +31,7 @@ from megatron_lite.model.gpt import GPT, gpt_layers  # noqa: E402
 from megatron_lite.model.runtime import Runtime  # noqa: E402
 from megatron_lite.parallel.loss import weighted_loss  # noqa: E402
 from megatron_lite.parallel.parameter import spec_of  # noqa: E402
-from megatron_lite.parallel.pipeline import build_pipeline  # noqa: E402
+from megatron_lite.parallel.pipeline import StageLayer, build_pipeline  # noqa: E402
 from megatron_lite.training import gradients, optimizer_state  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -109,7 +109,15 @@ class Engine:
         """Loss (mean over unmasked tokens) and number of those tokens, over all ranks' micro-batches."""
         raise NotImplementedError
 
+    def named_layers(self) -> list[tuple[str, nn.Module]]:
+        """This rank's layers by canonical name, each called once a micro-batch with its activations as output."""
+        raise NotImplementedError
+
     # What they share.
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters by canonical name."""
+        return ((spec_of(parameter).name, parameter) for parameter in self.module.parameters())
+
     def set_learning_rate(self, rate: float) -> None:
         """Sets the rate of the next step."""
         for group in self.optimizer.param_groups:
@@ -135,7 +143,7 @@ class Engine:
         scale = len(batches) * self.mesh.data_size / max(total, 1.0)
         return [(mask * scale).to(self.runtime.device) for mask in masks], total
 
-    def extras(self, batch: Batch) -> dict[str, Tensor]:
+    def extras(self, batch: Batch) -> dict[str, Any]:
         """Positions and segments of a micro-batch, where the configuration restarts them at documents."""
         arrays = {"positions": batch.position_ids, "segments": batch.segments}
         return {
@@ -265,6 +273,18 @@ class PlainEngine(Engine):
         losses = [self._loss(batch, weight) for batch, weight in zip(batches, weights, strict=True)]
         return float(self._mean(torch.stack(losses).sum(), len(batches))), tokens
 
+    def named_layers(self) -> list[tuple[str, nn.Module]]:
+        gpt = self.module
+        assert isinstance(gpt, GPT)
+        blocks = [(f"blocks.{number}", block) for number, block in enumerate(gpt.blocks)]
+        return [
+            ("embed", gpt.embed),
+            ("position", gpt.position),
+            *blocks,
+            ("norm", gpt.norm),
+            ("head", gpt.head),
+        ]
+
     def _loss(self, batch: Batch, weights: Tensor) -> Tensor:
         tokens, labels = (torch.from_numpy(a).to(self.runtime.device) for a in (batch.tokens, batch.labels))
         logits = self.deepspeed(tokens, self.runtime.context(**self.extras(batch)))
@@ -352,6 +372,9 @@ class StagedEngine(Engine):
         weights, tokens = self.loss_weights(batches)
         loss = self.deepspeed.eval_batch(self._feed(batches, weights), num_micro_batches=len(batches))
         return float(loss), tokens
+
+    def named_layers(self) -> list[tuple[str, nn.Module]]:
+        return [(m.name, m) for m in self.module.modules() if isinstance(m, StageLayer)]
 
     def begin_micro_batch(self) -> None:
         """Called before each forward pass of this stage; micro-batches pass through it in order."""

@@ -39,7 +39,9 @@ class Fragment:
         return of.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
-def fragments(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, wrapper: Any) -> list[Fragment]:
+def fragments(
+    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, wrapper: Any
+) -> list[Fragment]:
     """This rank's fragments of every parameter.
 
     Args:

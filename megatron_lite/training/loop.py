@@ -1,0 +1,224 @@
+"""The training loop, and what is built before it."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.config import Config
+from megatron_lite.data.build import build_datasets
+from megatron_lite.data.gpt import SampleDataset
+from megatron_lite.data.loader import DataLoader
+from megatron_lite.model.runtime import Runtime
+from megatron_lite.ops import build_ops
+from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.tokenizers import Tokenizer, load_tokenizer
+from megatron_lite.training.allocator import set_cpu_allocator
+from megatron_lite.training.engine import Engine, build_engine
+from megatron_lite.training.metrics import Metrics, peak_memory_gib
+from megatron_lite.training.resilience import StopSignals, check_finite
+from megatron_lite.training.saving import (
+    Progress,
+    agreed_failure,
+    find_start,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron_lite.training.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Run:
+    """Everything the loop works with."""
+
+    config: Config
+    engine: Engine
+    train_loader: DataLoader
+    valid: SampleDataset | None
+    test: SampleDataset | None
+    make_loader: Callable[[SampleDataset, int, int], DataLoader]
+    metrics: Metrics
+    progress: Progress
+    stop: StopSignals
+
+
+def train(run: Run) -> None:
+    """Runs training to the step the configuration asks for, or to a stop signal, and saves. Collective.
+
+    Raises:
+        NonFinite: see `resilience.check_finite`.
+        DatasetError, CheckpointError: reading data or saving failed; the last checkpoint stands.
+    """
+    config, engine, progress, metrics = run.config, run.engine, run.progress, run.metrics
+    last = config.train.steps
+    if config.train.exit_after_steps is not None:
+        last = min(last, progress.step + config.train.exit_after_steps)
+    saved = progress.step
+    while progress.step < last:
+        metrics.begin_step()
+        rate = learning_rate(config, progress.step)
+        engine.set_learning_rate(rate)
+        batches = run.train_loader.next_step()
+        result = engine.train_step(batches, progress.step)
+        check_finite(engine, result, batches, progress.step)
+        progress.step += 1
+        progress.consumed_samples = run.train_loader.consumed_samples
+        progress.consumed_tokens += metrics.tokens_per_step
+        metrics.end_step(
+            progress.step, result.loss, result.grad_norm, rate, progress.consumed_tokens, result.skipped
+        )
+        stopping = run.stop.agreed()
+        if _due(config.train.eval_interval, progress.step, last) and not stopping:
+            evaluate(run, "valid", run.valid)
+        if stopping or _due(config.checkpoint.interval, progress.step, last):
+            save_checkpoint(engine, progress)
+            saved = progress.step
+        if stopping:
+            logger.info("stopped by %s: the same command goes on from here", run.stop.received or "a signal")
+            break
+    if saved != progress.step:
+        save_checkpoint(engine, progress)
+    if progress.step == config.train.steps and config.train.eval_interval is not None:
+        evaluate(run, "test", run.test)
+    run.train_loader.close()
+    metrics.close()
+    logger.info(
+        "done at step %d | peak memory %.2f GiB", progress.step, peak_memory_gib(engine.runtime.device)
+    )
+
+
+def _due(interval: int | None, step: int, last: int) -> bool:
+    """Every `interval` steps, and at the end."""
+    return interval is not None and (step % interval == 0 or step == last)
+
+
+def evaluate(run: Run, name: str, dataset: SampleDataset | None) -> None:
+    """Reports the mean loss over the first `train.eval_steps` global batches of a held-out split. Collective."""
+    if dataset is None:
+        return
+    begin, total, tokens = time.perf_counter(), 0.0, 0.0
+    loader = run.make_loader(dataset, 0, 0)
+    for _ in range(min(run.config.train.eval_steps, loader.remaining_steps)):
+        loss, count = run.engine.eval_step(loader.next_step())
+        total, tokens = total + loss * count, tokens + count
+    loader.close()
+    run.metrics.evaluation(run.progress.step, name, total / max(tokens, 1.0), time.perf_counter() - begin)
+
+
+def start(config: Config, launch: Launch) -> Run:
+    """Joins the ranks and builds tokenizer, data, model and engine, cheap and fallible things first. Collective.
+
+    Raises:
+        ValueError: tokenizer, data or checkpoint do not fit the configuration; on every rank where they all see
+            the same files, and before the model is built except for a checkpoint of another model.
+    """
+    stop = StopSignals()
+    device = choose_device(config.train.device, launch)
+    if device.type == "cpu" and config.kernels.cpu_allocator:
+        set_cpu_allocator()
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    if tokenizer is not None:
+        config = config.with_vocab_size(tokenizer.vocab_size)
+    init_distributed(launch, device, config.parallel.timeout_minutes)
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
+    batch, steps = config.train.global_batch_size, config.train.steps
+    held_out = config.train.eval_steps * batch if config.train.eval_interval is not None else 0
+    with agreed_failure():
+        train_set, valid, test = build_datasets(
+            config.data, config.model.seq_length, config.train.seed, steps * batch, held_out, held_out
+        )
+    checkpoint = find_start(config)
+    runtime = Runtime(
+        mesh,
+        build_ops(config.kernels),
+        DTYPES[config.train.precision],
+        device,
+        config.train.seed,
+        config.train.recompute,
+    )
+    _log_start(config, launch, runtime, train_set, valid)
+    engine = build_engine(config, runtime)
+    progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint)
+    if checkpoint is not None:
+        logger.info("starting from %s at step %d", checkpoint, progress.step)
+
+    def make_loader(dataset: SampleDataset, consumed: int, workers: int) -> DataLoader:
+        return _loader(config, engine, tokenizer, dataset, consumed, workers)
+
+    loader = make_loader(train_set, progress.consumed_samples, config.data.num_workers)
+    metrics = Metrics(config, device, mesh.world_size, progress.step, active=mesh.rank == 0)
+    dist.barrier()  # so that the first step's time is a step's
+    return Run(config, engine, loader, valid, test, make_loader, metrics, progress, stop)
+
+
+def _loader(
+    config: Config,
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    dataset: SampleDataset,
+    consumed: int,
+    workers: int,
+) -> DataLoader:
+    data, mesh = config.data, engine.mesh
+    return DataLoader(
+        dataset,
+        config.train.micro_batch_size,
+        config.train.global_batch_size,
+        mesh.data_rank,
+        mesh.data_size,
+        eod_id=None if tokenizer is None else tokenizer.eod_id,
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        vocab_size=config.model.vocab_size,
+        consumed_samples=consumed,
+        num_workers=workers,
+    )
+
+
+def _log_start(
+    config: Config, launch: Launch, runtime: Runtime, train_set: SampleDataset, valid: SampleDataset | None
+) -> None:
+    """What the user should check before hours pass."""
+    mesh, model = runtime.mesh, config.model
+    gpus = "" if runtime.device.type == "cuda" else " (no GPU: CPU and gloo)"
+    logger.info(
+        "%d rank%s under %s on %s%s: tensor %d x pipeline %d x data %d, ZeRO-%d%s",
+        mesh.world_size,
+        "s" * (mesh.world_size > 1),
+        launch.launcher,
+        runtime.device.type,
+        gpus,
+        mesh.tensor_size,
+        mesh.pipeline_size,
+        mesh.data_size,
+        config.zero_stage,
+        ", sequence parallel" if mesh.sequence_parallel else "",
+    )
+    logger.info(
+        "model: %s parameters, %d layers, %d wide, vocabulary %d padded to %d | %s, recompute %s | kernels: %s",
+        f"{model.parameter_count():,}",
+        model.num_layers,
+        model.hidden_size,
+        model.vocab_size,
+        model.padded_vocab_size,
+        config.train.precision,
+        config.train.recompute,
+        ", ".join(f"{op} {name}" for op, name in runtime.ops.chosen.items()),
+    )
+    logger.info(
+        "data: %s training samples of %d tokens%s",
+        f"{len(train_set):,}",
+        model.seq_length,
+        "" if valid is None else f", {len(valid):,} for validation",
+    )
+    for warning in config.warnings(mesh.world_size):
+        logger.warning("%s", warning)

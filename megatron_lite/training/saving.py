@@ -1,0 +1,162 @@
+"""Saving a run and taking it up again: the engine's pieces, and where training was."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_lite.checkpoint import CheckpointError, Reader, find_latest, resolve, save
+from megatron_lite.config import Config
+from megatron_lite.parallel.parameter import spec_of
+from megatron_lite.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+
+
+@dataclass
+class Progress:
+    """Where training is; all of it that is not in the engine.
+
+    Data order and dropout are functions of (seed, position), so there is no generator state to keep.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+
+def gather(value: object) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def agreed_failure() -> Iterator[None]:
+    """Turns a ValueError on any rank into one on every rank, so that none waits for one that gave up."""
+    mine = None
+    try:
+        yield
+    except ValueError as error:
+        mine = str(error)
+    faults = [(rank, fault) for rank, fault in enumerate(gather(mine)) if fault is not None]
+    if faults:
+        rank, fault = faults[0]
+        raise ValueError(fault if len(faults) == dist.get_world_size() else f"rank {rank}: {fault}")
+
+
+def save_checkpoint(engine: Engine, progress: Progress) -> Path:
+    """Writes a checkpoint into the output folder. Collective.
+
+    Raises:
+        CheckpointError: on every rank, where any could not write; what was saved before is as it was.
+    """
+    config, mesh = engine.config, engine.mesh
+    metadata = {
+        "progress": asdict(progress),
+        "engine": engine.state(),
+        "config": config.model_dump(mode="json"),
+        "layout": {
+            "tensor": mesh.tensor_size,
+            "pipeline": mesh.pipeline_size,
+            "data": mesh.data_size,
+            "zero_stage": config.zero_stage,
+            "sequence_parallel": mesh.sequence_parallel,
+        },
+    }
+    folder = Path(config.train.output_dir) / FOLDER
+    path = save(
+        folder,
+        progress.step,
+        engine.pieces(),
+        metadata,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        gather=gather,
+        keep=config.checkpoint.keep,
+    )
+    if mesh.rank == 0:
+        logger.info("step %d | saved %s", progress.step, path)
+    return path
+
+
+def find_start(config: Config) -> Path | None:
+    """The checkpoint this run starts from, None for a fresh start. Collective: the first rank looks.
+
+    Raises:
+        ValueError: on every rank; resuming is required and there is nothing to resume, `checkpoint.load`
+            names nothing, or every checkpoint in the output folder is damaged.
+    """
+    found: list[Any] = [None]
+    with agreed_failure():
+        if dist.get_rank() == 0:
+            found[0] = _look(config)
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _look(config: Config) -> Path | None:
+    settings = config.checkpoint
+    if settings.resume != "never":
+        latest = find_latest(config.train.output_dir, checksums=True)
+        if latest is not None:
+            return latest
+        if settings.resume == "required":
+            raise CheckpointError(
+                f"checkpoint.resume is required, but {config.train.output_dir} holds no checkpoint; "
+                "set train.output_dir to the run's folder, or checkpoint.resume to auto"
+            )
+    return None if settings.load is None else resolve(settings.load, checksums=True)
+
+
+def load_checkpoint(engine: Engine, path: Path) -> Progress:
+    """Loads a checkpoint of any layout and tells where training was; with `checkpoint.weights_only`, the start.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model; the message lists the parameters that differ.
+    """
+    config = engine.config
+    resuming = path.parent.parent == Path(config.train.output_dir)
+    weights_only = config.checkpoint.weights_only and not resuming
+    with Reader(path) as reader:
+        _check_model(engine, reader)
+        if not weights_only and "exp_avg" not in reader.kinds:
+            raise CheckpointError(
+                f"{path} holds weights only, no optimizer state: set checkpoint.weights_only to true"
+            )
+        engine.load(reader, weights_only)
+        if weights_only:
+            return Progress()
+        progress = Progress(**reader.metadata["progress"])
+        saved_seed = reader.metadata["config"]["train"]["seed"]
+    if saved_seed != config.train.seed and engine.mesh.rank == 0:
+        logger.warning(
+            "train.seed was %d and is %d: the data order changes, documents may be repeated or left out",
+            saved_seed,
+            config.train.seed,
+        )
+    return progress
+
+
+def _check_model(engine: Engine, reader: Reader) -> None:
+    """Every parameter must be there with its shape, before gigabytes are read."""
+    held, faults = set(reader.names()), []
+    for parameter in engine.module.parameters():
+        spec = spec_of(parameter)
+        if spec.name not in held:
+            faults.append(f"{spec.name} is missing")
+        elif reader.shape(spec.name) != spec.global_shape:
+            faults.append(f"{spec.name} is {reader.shape(spec.name)}, the model's is {spec.global_shape}")
+    if not faults and engine.mesh.pipeline_size == 1:
+        extra = held - {spec_of(p).name for p in engine.module.parameters()}
+        faults += [f"{name} is not in the model" for name in sorted(extra)]
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise CheckpointError(f"{reader.path} is of another model: {shown}. Compare the model section")
