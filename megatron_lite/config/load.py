@@ -116,10 +116,10 @@ def _repair(tree: Tree, names: list[str]) -> None:
     """Put an example or the default where the error at `names` is; remove what is unknown."""
     node = tree
     section: type[BaseModel] = Config
-    for depth, name in enumerate(names):
+    for name in names:
         field = section.model_fields.get(name)
         inner = section_at([name], section)
-        if field is None or inner is None or depth == len(names) - 1 or not isinstance(node.get(name), dict):
+        if inner is None or not isinstance(node.get(name), dict):
             node.pop(name, None)
             if field is not None and field.is_required():
                 node[name] = {} if inner else field.examples[0] if field.examples else None

@@ -105,6 +105,7 @@ def test_warnings(small: Path) -> None:
         "the time; "
         "32 or more is better"
     ]
+    assert load_config(small, ["train.eval_interval=20", "checkpoint.interval=20"]).warnings(1) == []
     late = load_config(small, ["train.eval_interval=21", "checkpoint.interval=21"])
     assert late.warnings(1) == [
         "train.eval_interval: 21 is more than train.steps = 20",

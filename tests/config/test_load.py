@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from megatron_lite.config import Config, ConfigError, build_config, load_config
+from megatron_lite.config import CheckpointConfig, Config, ConfigError, build_config, load_config
 
 Write = Callable[..., Path]
+CHECKPOINT_KEYS = ", ".join(sorted(CheckpointConfig.model_fields))
 
 
 def complaint(small: Path, *overrides: str, **kwargs: Any) -> list[str]:
@@ -82,7 +83,7 @@ def test_null_clears(small: Path) -> None:
     [
         ("parallel.tensr=2", "parallel.tensr: unknown key; did you mean parallel.tensor?"),
         ("modle.x=2", "modle: unknown key; did you mean model?"),
-        ("checkpoint.zzz=2", "checkpoint.zzz: unknown key; checkpoint takes interval, keep, load, resume"),
+        ("checkpoint.zzz=2", f"checkpoint.zzz: unknown key; checkpoint takes {CHECKPOINT_KEYS}"),
         ("train.steps=1.5", "train.steps: must be a whole number, not 1.5"),
         ("train.steps=20 # note", 'train.steps: must be a whole number, not "20 # note"'),
         ("train.seed=true", "train.seed: must be a whole number, not true"),
@@ -173,7 +174,10 @@ def test_aliases(small: Path, override: str, expected: str) -> None:
         ('{"model": {\n  "a": 1,\n  }}', ":3:3: not valid JSON"),
         ('{"a": 1} // note', ":1:10: not valid JSON"),
         ("[1]", ": must hold one JSON object, not list"),
-        ('{"model": {"seq_length": 1, "seq_length": 2}}', 'key "seq_length" appears twice'),
+        (
+            '{"model": {"a": 0, "seq_length": 1, "seq_length": 2}}',
+            'not valid JSON: key "seq_length" appears twice',
+        ),
     ],
 )
 def test_not_json(write: Write, content: str, message: str) -> None:
@@ -219,6 +223,10 @@ def test_auto_in_a_deepspeed_file_contradicts_nothing(tree: dict[str, Any], writ
 def test_deepspeed_file_may_not_contradict(tree: dict[str, Any], write: Write) -> None:
     main = write(tree | {"deepspeed": {"zero_optimization": {"stage": 1}, "wall_clock_breakdown": True}})
     extra = write({"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}, "ds.json")
+    flat = write({"zero_optimization": False}, "flat.json")
+    assert complaint(main, deepspeed_config=flat) == [
+        f'deepspeed.zero_optimization: is {{"stage": 1}} here and false in {flat}; remove one of the two'
+    ]
     assert complaint(main, deepspeed_config=extra) == [
         f"deepspeed.zero_optimization.stage: is 1 here and 2 in {extra}; remove one of the two"
     ]
