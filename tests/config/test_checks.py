@@ -43,6 +43,7 @@ def test_vocabulary_from_the_tokenizer(small: Path) -> None:
     config = load_config(small)
     assert config.with_vocab_size(257).model.padded_vocab_size == 384
     assert load_config(small, ["model.vocab_size=300"]).with_vocab_size(257).model.vocab_size == 300
+    assert load_config(small, ["model.vocab_size=257"]).with_vocab_size(257).model.vocab_size == 257
     fewer = load_config(small, ["model.vocab_size=256"])
     said = message(fewer.with_vocab_size, 257)
     assert "model.vocab_size: 256 is less than the tokenizer's 257 ids; nearest: 257" in said
