@@ -3,61 +3,58 @@
 import torch
 from torch import Tensor
 
+from megatron_lite.config import ModelConfig
+from megatron_lite.model.runtime import Runtime
+
 
 class KVCache:
-    """Room for `capacity` tokens of every block; this tensor rank's key/value heads only.
+    """Room for `capacity` tokens a row in every block; this tensor rank's key/value heads only.
+
+    Each forward pass stands between `begin`, which says how many tokens it computes, and `end`.
 
     Args:
-        layers: number of transformer blocks.
-        batch: rows.
-        groups: key/value heads held by this rank.
-        capacity: largest number of tokens.
-        head_dim: features of a head.
+        segments: [batch, capacity] segment of every token to come (see `Context`), where rows are padded; None: one
+            document a row.
     """
 
     def __init__(
-        self,
-        layers: int,
-        batch: int,
-        groups: int,
-        capacity: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, config: ModelConfig, runtime: Runtime, batch: int, capacity: int, segments: Tensor | None = None
     ) -> None:
-        shape = (layers, 2, batch, groups, capacity, head_dim)
-        self._store = torch.empty(shape, dtype=dtype, device=device)
-        self._segments = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
+        groups = config.query_groups // runtime.mesh.tensor_size
+        shape = (config.num_layers, 2, batch, groups, capacity, config.head_dim)
+        self._store = torch.empty(shape, dtype=runtime.dtype, device=runtime.device)
+        self._segments = segments
         self.capacity = capacity
         self.length = 0  # tokens complete in every block
-        self._new = 0
+        self._end = 0  # with those of the pass under way
 
-    def begin(self, segments: Tensor) -> None:
-        """Announces the next tokens, [b, s], before the forward pass that computes them.
+    def begin(self, count: int) -> None:
+        """Announces the next `count` tokens of every row.
 
         Raises:
             ValueError: they do not fit.
         """
-        self._new = segments.size(1)
-        if self.length + self._new > self.capacity:
-            raise ValueError(
-                f"{self.length + self._new} tokens do not fit in a cache made for {self.capacity}"
-            )
-        self._segments[:, self.length : self.length + self._new] = segments
+        if self.length + count > self.capacity:
+            raise ValueError(f"{self.length + count} tokens do not fit in a cache made for {self.capacity}")
+        self._end = self.length + count
 
     def end(self) -> None:
-        """Marks the announced tokens as seen, after the forward pass."""
-        self.length += self._new
-        self._new = 0
+        """Marks the announced tokens as seen."""
+        self.length = self._end
 
     @property
-    def segments(self) -> Tensor:
-        """[b, t] segments of the cached and the announced tokens."""
-        return self._segments[:, : self.length + self._new]
+    def segments(self) -> Tensor | None:
+        """[batch, t] segments of the cached and the announced tokens; None: one document a row."""
+        return None if self._segments is None else self._segments[:, : self._end]
+
+    @property
+    def new_segments(self) -> Tensor | None:
+        """[batch, s] segments of the announced tokens; None: one document a row."""
+        return None if self._segments is None else self._segments[:, self.length : self._end]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one block's new keys and values [b, groups, s, d] and returns all of them [b, groups, t, d]."""
-        end = self.length + self._new
-        self._store[layer, 0, :, :, self.length : end] = k
-        self._store[layer, 1, :, :, self.length : end] = v
-        return self._store[layer, 0, :, :, :end], self._store[layer, 1, :, :, :end]
+        keys, values = self._store[layer, :, :, :, : self._end]
+        keys[:, :, self.length :] = k
+        values[:, :, self.length :] = v
+        return keys, values

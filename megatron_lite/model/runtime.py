@@ -51,9 +51,9 @@ class Context:
     """What accompanies the activations of one forward pass; every layer reads it, none changes it.
 
     Attributes:
-        positions: [b, s] position of each token; None: 0 to s-1 (after those in the cache).
+        positions: [b, s] position of each token; None: 0 to s-1.
         segments: [b, s] number of each token's document, or None for one document a row. Attention stays within a
-            segment. A negative segment is padding, which nothing attends to but itself.
+            segment. A negative segment is padding, which only padding attends to.
         cache: keys and values of earlier tokens, while generating.
         dropout_seed: stands for (run seed, step, micro-batch).
     """
@@ -65,9 +65,10 @@ class Context:
 
     def attention_mask(self, queries: int) -> Tensor | None:
         """[b, 1, s, t] bool, True where attention is allowed; None where plain causal attention is meant."""
-        keys = self.segments if self.cache is None else self.cache.segments
-        if keys is None or self.segments is None:
+        if self.segments is None:
             return None
+        keys = self.segments if self.cache is None else self.cache.segments
+        assert keys is not None, "segments for the new tokens, but none for those in the cache"
         same = self.segments.unsqueeze(-1) == keys.unsqueeze(-2)
         total = keys.size(-1)
         causal = torch.ones(queries, total, dtype=torch.bool, device=keys.device).tril(total - queries)
