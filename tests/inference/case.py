@@ -33,10 +33,8 @@ def save_model(model: GPT, config: Config, folder: Path, step: int = 3) -> Path:
     pieces = []
     for parameter in model.parameters():
         spec = spec_of(parameter)
-        where = {"global_shape": spec.global_shape, "dim": spec.dim, "start": spec.start, "stop": spec.stop}
-        pieces.append(
-            Piece(name=spec.name, kind="weight", flat_start=0, data=parameter.detach().flatten(), **where)
-        )
+        where = spec.global_shape, spec.dim, spec.start, spec.stop, 0
+        pieces.append(Piece(spec.name, "weight", *where, parameter.detach().flatten()))
     return save(folder / "checkpoints", step, pieces, {"config": config.model_dump(mode="json")})
 
 

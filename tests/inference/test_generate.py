@@ -11,7 +11,7 @@ from megatron_lite.parallel.mesh import build_mesh
 from tests.distributed import run_ranks
 from tests.inference.case import PROMPTS, STYLES, make_config, make_model, recompute_greedy
 
-SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 5}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 5}
 
 
 @pytest.fixture(params=STYLES)
@@ -88,7 +88,7 @@ def test_learned_positions_end_each_row_at_the_table() -> None:
     assert [len(row) for row in rows] == [2, 30, 1]
     assert rows == [recompute_greedy(model, p, 32 - len(p)) for p in prompts]
     with pytest.raises(
-        ValueError, match="prompt 1 has 32 tokens, but the model has 32 learned .* at most 31"
+        ValueError, match=r"prompt 1 has 32 tokens, but the model has 32 learned .* at most 31"
     ):
         greedy(model, [[1], [0] * 32], 5)
 
