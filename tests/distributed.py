@@ -28,7 +28,9 @@ class RankFailed(AssertionError):
     """A rank raised, died or did not end in time; the message holds its traceback."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
+) -> list[Any]:
     """Runs `function(*args)` on every rank of a fresh gloo process group and returns the results in rank order.
 
     Raises:

@@ -1,6 +1,10 @@
 """One small training run, on any layout: what the parity and resume tests compare."""
 
+import contextlib
+import importlib
+import sys
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from megatron_lite.ops import build_ops
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.schedule import learning_rate
+from tests.distributed import run_ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +58,9 @@ class Case:
         parts += ["sp"] * self.sequence + ["untied"] * (not self.tied)
         parts += [self.recompute] * (self.recompute != "none") + [self.precision] * (self.precision != "fp32")
         return "-".join([*parts, *(f"{k}={v}" for k, v in (self.model | self.settings).items())])
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     def config(self) -> Config:
         style = GPT2 if self.style == "gpt2" else LLAMA
@@ -106,7 +114,9 @@ def global_batch(step: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
     assert config.model.vocab_size is not None
     # Tokens follow a rule with noise, so that there is something to learn and gradients are not all noise.
     start = rng.integers(0, config.model.vocab_size, (samples, 1))
-    tokens = (start + 3 * np.arange(length + 1) + rng.integers(0, 2, (samples, length + 1))) % config.model.vocab_size
+    tokens = (
+        start + 3 * np.arange(length + 1) + rng.integers(0, 2, (samples, length + 1))
+    ) % config.model.vocab_size
     mask = np.ones((samples, length), dtype=np.float32)
     if config.data.eod_mask_loss:
         for row in range(samples):
@@ -124,7 +134,9 @@ def rank_batches(step: int, config: Config, data_rank: int, data_size: int) -> l
         inputs, labels = np.ascontiguousarray(part[:, :-1]), np.ascontiguousarray(part[:, 1:])
         eod = inputs % 11 == 0
         segments = np.cumsum(eod, axis=1, dtype=np.int32) - eod.astype(np.int32)
-        starts = np.maximum.accumulate(np.where(np.pad(eod[:, :-1], ((0, 0), (1, 0))), np.arange(inputs.shape[1]), 0), axis=1)
+        starts = np.maximum.accumulate(
+            np.where(np.pad(eod[:, :-1], ((0, 0), (1, 0))), np.arange(inputs.shape[1]), 0), axis=1
+        )
         positions = np.arange(inputs.shape[1]) - starts
         out.append(
             Batch(
@@ -165,3 +177,23 @@ def train(engine: Engine, steps: range) -> list[tuple[float, float]]:
 def run_case(case: Case) -> list[tuple[float, float]]:
     """The whole run of a case on this rank."""
     return train(make_engine(case.config()), range(case.steps))
+
+
+def _train_and_list_modules(case: Case) -> list[str]:
+    run_case(case)
+    return list(sys.modules)
+
+
+@cache
+def _import_what_ranks_import() -> None:
+    """torch and DeepSpeed import half of themselves when first used: done here once, not in every forked rank."""
+    (names,) = run_ranks(1, _train_and_list_modules, Case(zero=3, steps=1))
+    for name in set(names) - set(sys.modules):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
+def run(case: Case) -> list[list[tuple[float, float]]]:
+    """The whole run of a case on ranks of its own: for each of them, (loss, grad norm) of each step."""
+    _import_what_ranks_import()
+    return run_ranks(case.world_size, run_case, case)

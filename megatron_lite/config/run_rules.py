@@ -156,10 +156,9 @@ def zero_stage_fits(config: Config) -> Iterator[Problem]:
     reason = None
     if stage > 1 and pipeline > 1:
         reason = "partitions gradients, which the pipeline must keep whole until the step's end"
-    elif stage == 0 and pipeline > 1 and precision != "bf16":
-        reason = f"with parallel.pipeline > 1 and {precision} clips by a wrong norm"
-    elif stage == 0 and tensor > 1 and precision != "fp32":
-        reason = f"with parallel.tensor > 1 and {precision} computes a wrong gradient norm"
+    elif stage == 0 and precision != "fp32" and max(pipeline, tensor) > 1:
+        key = "pipeline" if pipeline > 1 else "tensor"
+        reason = f"with parallel.{key} > 1 and {precision} clips by a wrong norm"
     if reason:
         yield Problem("deepspeed.zero_optimization.stage", f"{stage} {reason}; nearest: 1")
 

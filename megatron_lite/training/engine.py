@@ -125,6 +125,9 @@ class Engine:
 
     def _adopt(self, module: nn.Module, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.deepspeed, self.optimizer = module, engine, optimizer
+        # Without ZeRO, in half precision, DeepSpeed makes room for the moments by a step of no gradient, which
+        # Adam's bias correction would count: every update of the beginning would be too small.
+        optimizer.state.clear()
         if hasattr(engine.optimizer, "check_grad_overflow"):
             # Also in fp32 and bf16: a gradient that is not finite must never reach the weights.
             engine.optimizer.check_grad_overflow = True

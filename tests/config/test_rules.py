@@ -226,18 +226,17 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "deepspeed.zero_optimization.stage: 3 partitions gradients",
         ["deepspeed.zero_optimization.stage=1"],
     ),
-    "zero 0 in an fp32 pipeline": (
-        ["parallel.pipeline=2", "deepspeed.zero_optimization.stage=0"],
-        "deepspeed.zero_optimization.stage: 0 with parallel.pipeline > 1 and fp32 clips by a wrong "
+    "zero 0 in a bf16 pipeline": (
+        ["parallel.pipeline=2", "deepspeed.zero_optimization.stage=0", "train.precision=bf16"],
+        "deepspeed.zero_optimization.stage: 0 with parallel.pipeline > 1 and bf16 clips by a wrong "
         "norm; nearest: 1",
-        ["train.precision=bf16"],
+        ["train.precision=fp32"],
     ),
     "zero 0 in bf16 with tensor parallelism": (
         ["parallel.tensor=2", "deepspeed.zero_optimization.stage=0", "train.precision=bf16"],
-        "deepspeed.zero_optimization.stage: 0 with parallel.tensor > 1 and bf16 computes a wrong "
-        "gradient norm; "
-        "nearest: 1",
-        ["train.precision=fp32"],
+        "deepspeed.zero_optimization.stage: 0 with parallel.tensor > 1 and bf16 clips by a wrong "
+        "norm; nearest: 1",
+        ["deepspeed.zero_optimization.stage=1"],
     ),
     "deepspeed contradicts": (
         ["deepspeed.gradient_clipping=0.5"],
@@ -287,7 +286,8 @@ def test_legal_neighbours(small: Path) -> None:
         ["parallel.tensor=4", "parallel.sequence_parallel=true"],
         ["parallel.tensor=2", "deepspeed.zero_optimization.stage=0"],
         ["parallel.tensor=2", "deepspeed.zero_optimization.stage=3"],
-        ["parallel.pipeline=2", "deepspeed.zero_optimization.stage=0", "train.precision=bf16"],
+        ["deepspeed.zero_optimization.stage=0", "train.precision=bf16"],
+        ["parallel.pipeline=2", "deepspeed.zero_optimization.stage=0"],
         ["parallel.pipeline=2", "deepspeed.zero_optimization.stage=1"],
         ["data.reset_position_ids=true", "data.reset_attention_mask=true"],
         ["model.qk_layernorm=true", "model.num_query_groups=1"],
