@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_lite.checkpoint import CheckpointError, Reader, resolve
+from megatron_lite.checkpoint import Reader, resolve
 from megatron_lite.checkpoint.huggingface import compare_logits, export_huggingface, import_huggingface
 
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             to_huggingface(options.load, options.save, check=not options.no_check)
         else:
             to_megatron_lite(options.load, options.save)
-    except (CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -65,7 +65,7 @@ def to_megatron_lite(load: Path, save: Path) -> None:
     with Reader(step) as reader:
         reader.verify()
         print(f"{step}: {len(reader.names())} parameters, weights only")
-    print(f"start a run from it with --set checkpoint.load={save}")
+    print(f"start a run from it with --set checkpoint.load={save} --set checkpoint.weights_only=true")
 
 
 if __name__ == "__main__":

@@ -262,11 +262,13 @@ def find_latest(output_dir: str | Path, *, checksums: bool = False) -> Path | No
 def resolve(path: str | Path, *, checksums: bool = False) -> Path:
     """The step folder meant by `path`: one itself, a checkpoints folder or an output directory.
 
-    Raises CheckpointError where there is no checkpoint.
+    Raises CheckpointError where there is no checkpoint, or none that is whole (see `find_latest`).
     """
     path = Path(path)
     if _STEP.match(path.name) or (path / INDEX).is_file():
-        Reader(path).close()
+        with Reader(path) as reader:
+            if checksums:
+                reader.verify()
         return path
     if (found := find_latest(path, checksums=checksums)) is None:
         raise CheckpointError(f"{path}: no checkpoint there; give a step folder or a run's output directory")

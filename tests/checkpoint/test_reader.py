@@ -192,6 +192,11 @@ def test_latest_is_the_one_saved_last_not_the_one_of_the_highest_step(tmp_path):
 def test_resolve_takes_a_step_a_checkpoints_folder_or_an_output_directory(tmp_path):
     step = save_state(tmp_path / "checkpoints", 5, random_state(0))
     assert resolve(step) == resolve(tmp_path / "checkpoints") == resolve(str(tmp_path)) == step
+    flip(step / "rank_00000.safetensors", -1)
+    assert resolve(step) == step
+    for path in (step, tmp_path):
+        with pytest.raises(CheckpointError, match=r"rank_00000.safetensors is damaged"):
+            resolve(path, checksums=True)
     elsewhere = step.rename(tmp_path / "my_best")
     assert resolve(elsewhere) == elsewhere
     with pytest.raises(CheckpointError, match="no checkpoint there; give a step folder"):

@@ -18,7 +18,7 @@ from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 from megatron_lite.checkpoint.layout import Piece
 from megatron_lite.checkpoint.reader import Reader
 from megatron_lite.checkpoint.store import save
-from megatron_lite.config import ModelConfig
+from megatron_lite.config import ModelConfig, build_config
 
 log = logging.getLogger(__name__)
 
@@ -113,12 +113,27 @@ def import_huggingface(source: Path, target: Path) -> Path:
     held = [rule for rule in rules(model) if rule.held]
     pieces = [_piece(rule, tensors) for rule in held]
     tensors.refuse_others({name for rule in held for name in rule.huggingface})
-    metadata = {
-        "config": {"model": model.model_dump(mode="json")},
-        "consumed_samples": 0,
-        "consumed_tokens": 0,
-    }
+    progress = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
+    metadata = {"config": _whole_config(model, tensors, target), "progress": progress}
     return save(target / "checkpoints", 0, pieces, metadata)
+
+
+def _whole_config(model: ModelConfig, tensors: _Tensors, target: Path) -> dict[str, Any]:
+    """A configuration that loads: the model's, and the least that the sections on training ask for."""
+    dtype = tensors.get(rules(model)[0].huggingface[0]).dtype
+    tree = {
+        "description": f"imported from {tensors.folder.name}; only the model section says something",
+        "model": model.model_dump(mode="json"),
+        "train": {
+            "micro_batch_size": 1,
+            "global_batch_size": 1,
+            "steps": 1,
+            "output_dir": str(target),
+            "precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
+        },
+        "optimizer": {"lr": 1e-5, "schedule": "constant"},
+    }
+    return build_config(tree, str(tensors.folder / CONFIG)).model_dump(mode="json")
 
 
 def _piece(rule: Rule, tensors: _Tensors) -> Piece:
