@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ def test_samples_are_runs_of_the_stream(make_prefix: MakePrefix) -> None:
     for sample in range(40):
         tokens = dataset[sample].tolist()
         assert dataset[sample].dtype == np.int64 and len(tokens) == 5
-        for here, following in zip(tokens, tokens[1:], strict=False):
+        for here, following in itertools.pairwise(tokens):
             assert following == here + 1 or here in ends, (
                 "tokens follow each other except at a document's end"
             )

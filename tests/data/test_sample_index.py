@@ -67,9 +67,7 @@ def epoch_reference(
     else:
         epoch = 0
         while len(order) < count:
-            firsts = [
-                k for k in range(-(-epoch * total // seq_length), -(-(epoch + 1) * total // seq_length))
-            ]
+            firsts = list(range(-(-epoch * total // seq_length), -(-(epoch + 1) * total // seq_length)))
             places = shuffled(list(range(len(firsts))), seed, epoch, 1)
             order += [firsts[place] for place in places]
             epoch += 1
