@@ -1,0 +1,99 @@
+"""The held-out loss of a checkpoint, in one process, whatever layout wrote it.
+
+The data, split and number of batches are those of the training run, so the figure is the one the run reported at
+that step; --data takes other data whole.
+
+    python tools/evaluate.py --load runs/example
+
+Exit status: 0 done, 2 bad input or settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+
+import torch
+
+from megatron_lite.checkpoint import Reader, resolve
+from megatron_lite.config import Config
+from megatron_lite.data.build import build_datasets
+from megatron_lite.data.loader import DataLoader
+from megatron_lite.inference import load_model, read_config
+from megatron_lite.inference.evaluate import mean_loss
+from megatron_lite.parallel.launch import choose_device, detect_launch
+from megatron_lite.tokenizers import load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load", required=True, metavar="DIR", help="a run's output folder, or one of its checkpoints"
+    )
+    parser.add_argument("--data", metavar="PREFIX", help="evaluate on all of this instead of the run's split")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="global batches at the most; default as the run"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the one trained in")
+    options = parser.parse_args()
+    try:
+        print(evaluate(options))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> str:
+    """The result as a line of text."""
+    device = choose_device(options.device, detect_launch())
+    with Reader(resolve(options.load)) as reader:
+        config = read_config(reader)
+        loader, steps = held_out(config, options)
+        dtype = DTYPES[options.dtype or config.train.precision]
+        model = load_model(reader, config, dtype=dtype, device=device)
+        loss, tokens = mean_loss(model, loader, steps)
+    return (
+        f"{reader.path}: step {reader.step} | {options.split} loss {loss:.6f} | perplexity {math.exp(loss):.2f} | "
+        f"{tokens:,} tokens"
+    )
+
+
+def held_out(config: Config, options: argparse.Namespace) -> tuple[DataLoader, int]:
+    """The batches to evaluate on, and how many."""
+    train, data, steps = config.train, config.data, options.steps or config.train.eval_steps
+    if options.data:
+        data = data.model_copy(update={"train": options.data, "valid": options.data, "test": options.data})
+    size = steps * train.global_batch_size
+    _, *others = build_datasets(
+        data, config.model.seq_length, train.seed, train.steps * train.global_batch_size, size, size
+    )
+    dataset = others[("valid", "test").index(options.split)]
+    if dataset is None:
+        raise ValueError(
+            f"the run has no {options.split} data: data.split is {data.split}; give --data PREFIX"
+        )
+    eod = load_tokenizer(data.tokenizer).eod_id if data.tokenizer else None
+    loader = DataLoader(
+        dataset,
+        train.micro_batch_size,
+        train.global_batch_size,
+        eod_id=eod,
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        vocab_size=config.model.vocab_size,
+        num_workers=0,
+    )
+    return loader, steps
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
