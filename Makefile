@@ -50,5 +50,5 @@ bench-gpu: setup ## paired benchmarks on CUDA devices
 
 clean: ## remove builds and caches; VENV and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis '$(VENV)'/.setup-*
-	find megatron_lite tools tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard megatron_lite tools tests examples benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 	find megatron_lite -name '*.so' -delete
