@@ -8,7 +8,7 @@ import importlib
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +25,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.pipe.engine import PipelineEngine  # noqa: E402
 
 from megatron_lite.checkpoint import Piece, Reader  # noqa: E402
-from megatron_lite.config import Config, OptimizerConfig  # noqa: E402
+from megatron_lite.config import Config  # noqa: E402
 from megatron_lite.data.loader import Batch  # noqa: E402
 from megatron_lite.model.gpt import GPT, gpt_layers  # noqa: E402
 from megatron_lite.model.runtime import Runtime  # noqa: E402
 from megatron_lite.parallel.loss import weighted_loss  # noqa: E402
 from megatron_lite.parallel.parameter import spec_of  # noqa: E402
 from megatron_lite.parallel.pipeline import StageLayer, build_pipeline  # noqa: E402
-from megatron_lite.training import gradients, optimizer_state  # noqa: E402
+from megatron_lite.training import optimizer_state  # noqa: E402
+from megatron_lite.training.optimizer import build_optimizer, clip_gradients  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Said on every rank of names and collectives that DeepSpeed uses, not we.
@@ -57,24 +58,6 @@ class StepResult:
     loss: float
     grad_norm: float
     skipped: bool
-
-
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), torch's fused form; only matrices decay."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in parameters:
-        groups[spec_of(parameter).decays].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": config.weight_decay if decays else 0.0}
-            for decays, members in groups.items()
-            if members
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
 
 
 class Engine:
@@ -136,13 +119,16 @@ class Engine:
         """Per-token weights that make the sum of all ranks' losses the mean over the batch's unmasked tokens.
 
         DeepSpeed divides by the number of micro-batches and averages over data-parallel ranks, so that is
-        multiplied in. Collective where the mask may differ between ranks.
+        multiplied in. Collective where the number of masked tokens may differ between ranks.
         """
         masks = [torch.from_numpy(batch.loss_mask) for batch in batches]
-        tokens = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum().to(self.runtime.device)
-        if self.mesh.data_size > 1:
+        tokens = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
+        if self.config.data.eod_mask_loss and self.mesh.data_size > 1:
+            tokens = tokens.to(self.runtime.device)
             dist.all_reduce(tokens, group=self.mesh.data_group)
-        total = float(tokens)
+            total = float(tokens)
+        else:
+            total = float(tokens) * self.mesh.data_size
         scale = len(batches) * self.mesh.data_size / max(total, 1.0)
         return [(mask * scale).to(self.runtime.device) for mask in masks], total
 
@@ -164,7 +150,7 @@ class Engine:
         """Clips without DeepSpeed's help; drops a gradient that is not finite, so that the step changes nothing."""
         if self.own_clipping:
             limit = self.config.optimizer.grad_clip
-            self._own_norm = gradients.clip(self.module.parameters(), self.mesh, limit)
+            self._own_norm = clip_gradients(self.module.parameters(), self.mesh, limit)
             if not math.isfinite(self._own_norm):
                 self.module.zero_grad(set_to_none=True)
 

@@ -49,7 +49,7 @@ def fragments(
         optimizer: the torch optimizer we gave to DeepSpeed (it now steps DeepSpeed's flat buffers).
         wrapper: DeepSpeed's optimizer around it; the same object where there is none (ZeRO-0 in fp32).
     """
-    if hasattr(wrapper, "grad_position"):
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return [f for p in parameters for f in _zero3(p, wrapper)]
     if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):  # ZeRO-0 in half precision
         masters = {

@@ -1,4 +1,4 @@
-"""The global norm of the gradient and clipping by it, for runs without ZeRO, where DeepSpeed's own is wrong."""
+"""The optimizer, and for runs without ZeRO the global norm of the gradient and clipping by it."""
 
 from collections.abc import Iterable
 
@@ -6,12 +6,31 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_lite.config import OptimizerConfig
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import spec_of
 
 
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), torch's fused form; only matrices decay."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        groups[spec_of(parameter).decays].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": config.weight_decay if decays else 0.0}
+            for decays, members in groups.items()
+            if members
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], mesh: Mesh, max_norm: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh, max_norm: float) -> float:
     """Scales the gradients down so that their global norm is at most `max_norm` (0: no limit).
 
     A parameter counts once: replicated ones on the first tensor rank, tied copies on the first stage. Collective
