@@ -30,11 +30,7 @@ def make_model(config: Config, mesh: Mesh | None = None, seed: int = 7) -> GPT:
 
 def save_model(model: GPT, config: Config, folder: Path, step: int = 3) -> Path:
     """A checkpoint of a model held by one process, weights only."""
-    pieces = []
-    for parameter in model.parameters():
-        spec = spec_of(parameter)
-        where = spec.global_shape, spec.dim, spec.start, spec.stop, 0
-        pieces.append(Piece(spec.name, "weight", *where, parameter.detach().flatten()))
+    pieces = [Piece.whole(spec_of(p).name, "weight", p.detach()) for p in model.parameters()]
     return save(folder / "checkpoints", step, pieces, {"config": config.model_dump(mode="json")})
 
 
