@@ -1,0 +1,132 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_lite.corpus import CorpusError, encode_corpus
+from megatron_lite.data import IndexedDataset
+from megatron_lite.tokenizers import CharTokenizer, TokenizerError
+
+TEXTS = ["first", "", "ünï 🙂", "<|endoftext|>", "last\n"]
+
+
+def write_lines(path: Path, texts: list[str], key: str = "text") -> Path:
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def read(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{end}").read_bytes() for end in (".bin", ".idx")]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_documents_are_written_in_order(tmp_path: Path, append_eod: bool) -> None:
+    path = write_lines(tmp_path / "x.jsonl", TEXTS)
+    stats = encode_corpus([path, path], tmp_path / "o" / "x", "byte", append_eod=append_eod)
+    dataset = IndexedDataset(tmp_path / "o" / "x_text_document")
+    eod = [256] if append_eod else []
+    expected = [[*text.encode(), *eod] for text in TEXTS * 2 if text]
+    assert [sequence.tolist() for sequence in dataset] == expected
+    assert dataset.num_documents == 10 and dataset.dtype == np.uint16
+    assert dataset.document_bounds.tolist() == [0, 1, 1, 2, 3, 4, 5, 5, 6, 7, 8]
+    counts = stats.keys["text"]
+    assert (stats.read, counts.written, counts.empty, stats.rejected) == (10, 8, 2, 0)
+    assert counts.tokens == dataset.num_tokens == sum(map(len, expected))
+    assert stats.input_bytes == 2 * path.stat().st_size
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
+    texts = [f"document {number} " * (number % 17) for number in range(400)]
+    path = write_lines(tmp_path / "x.jsonl", texts)
+    for workers in (1, 3):
+        encode_corpus(
+            [path], tmp_path / f"w{workers}", "byte", workers=workers, append_eod=True, chunk_bytes=999
+        )
+    encode_corpus([path], tmp_path / "one_chunk", "byte", append_eod=True)
+    first = read(tmp_path / "w1_text_document")
+    assert first == read(tmp_path / "w3_text_document") == read(tmp_path / "one_chunk_text_document")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_line_stops_and_leaves_nothing(tmp_path: Path, workers: int) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["good"] * 50)
+    with open(path, "ab") as file:
+        file.write(b'{"text": "cut\n{"text": null}\n')
+    (tmp_path / "o").mkdir()
+    with pytest.raises(CorpusError) as caught:
+        encode_corpus([path], tmp_path / "o" / "x", "byte", workers=workers, chunk_bytes=100)
+    assert f"{path}:51: not JSON" in str(caught.value)
+    assert names(tmp_path / "o") == []
+
+
+def test_every_bad_line_of_a_chunk_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{\n{"text": "b"}\n[]\n')
+    with pytest.raises(CorpusError) as caught:
+        encode_corpus([path], tmp_path / "x", "byte")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{path}:2: not JSON") and second == f"{path}:4: a JSON list, not an object"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_lines_can_be_left_out(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{\n\n{"text": "\xff"}\n{"text": ""}\n{"text": "b"}')
+    stats = encode_corpus([path], tmp_path / "x", "byte", on_error="skip", workers=workers, chunk_bytes=10)
+    counts = stats.keys["text"]
+    assert (stats.read, counts.written, counts.empty, stats.rejected) == (5, 2, 1, 2)
+    assert [s.tolist() for s in IndexedDataset(tmp_path / "x_text_document")] == [[97], [98]]
+    assert f"{path}:2: not JSON" in caplog.text and f"{path}:4: not UTF-8" in caplog.text
+
+
+def test_several_keys_are_several_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "ab", "title": ""}\n{"text": "c", "title": "T"}\n')
+    stats = encode_corpus([path], tmp_path / "x", "byte", keys=["text", "title"])
+    assert [s.tolist() for s in IndexedDataset(tmp_path / "x_text_document")] == [[97, 98], [99]]
+    title = IndexedDataset(tmp_path / "x_title_document")
+    assert [s.tolist() for s in title] == [[84]] and title.num_documents == 2
+    assert tuple(stats.keys["title"]) == (1, 1, 1)
+
+
+def test_the_old_pair_survives_bad_input(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["good"])
+    encode_corpus([path], tmp_path / "x", "byte")
+    before = read(tmp_path / "x_text_document")
+    path.write_text("bad")
+    with pytest.raises(CorpusError):
+        encode_corpus([path], tmp_path / "x", "byte")
+    assert read(tmp_path / "x_text_document") == before
+
+
+def test_settings_that_cannot_be_met_are_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["good"])
+    with pytest.raises(TokenizerError):
+        encode_corpus([path], tmp_path / "x", "bite")
+    with pytest.raises(CorpusError, match="absent"):
+        encode_corpus([path, tmp_path / "absent"], tmp_path / "x", "byte")
+    assert names(tmp_path) == ["x.jsonl"]
+
+
+def test_no_eod_to_append_is_named(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "t.json"))
+    path = write_lines(tmp_path / "x.jsonl", ["a"])
+    with pytest.raises(CorpusError, match="no end-of-document token"):
+        encode_corpus([path], tmp_path / "x", f"hf:{tmp_path}/t.json", append_eod=True)
+
+
+def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path: Path) -> None:
+    CharTokenizer([chr(0x4E00 + i) for i in range(20_000)] + [chr(0x20000 + i) for i in range(46_000)]).save(
+        tmp_path / "t.json"
+    )
+    encode_corpus([write_lines(tmp_path / "x.jsonl", ["一丁"])], tmp_path / "x", f"char:{tmp_path}/t.json")
+    dataset = IndexedDataset(tmp_path / "x_text_document")
+    assert dataset.dtype == np.int32 and dataset[0].tolist() == [0, 1]
