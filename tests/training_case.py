@@ -185,7 +185,7 @@ def _train_and_list_modules(case: Case) -> list[str]:
 
 
 @cache
-def _import_what_ranks_import() -> None:
+def import_what_ranks_import() -> None:
     """torch and DeepSpeed import half of themselves when first used: done here once, not in every forked rank."""
     (names,) = run_ranks(1, _train_and_list_modules, Case(zero=3, steps=1))
     for name in set(names) - set(sys.modules):
@@ -195,5 +195,5 @@ def _import_what_ranks_import() -> None:
 
 def run(case: Case) -> list[list[tuple[float, float]]]:
     """The whole run of a case on ranks of its own: for each of them, (loss, grad norm) of each step."""
-    _import_what_ranks_import()
+    import_what_ranks_import()
     return run_ranks(case.world_size, run_case, case)

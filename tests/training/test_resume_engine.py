@@ -1,0 +1,185 @@
+"""An engine's state through the checkpoint store: the same training after a resume, on the same or another layout."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_lite.checkpoint import Reader, save
+from megatron_lite.training.engine import Engine
+from tests.distributed import run_ranks
+from tests.training_case import Case, import_what_ranks_import, make_engine, train
+
+LOSS, NORM = 2e-6, 1e-5  # nats, and a part of the norm
+BF16_LOSS, BF16_NORM = 2e-3, 1e-2
+HALF, ALL = 5, 10
+MICRO1 = {"train.micro_batch_size": 1}
+
+
+@dataclass
+class Rest:
+    """The second half of a run on one rank: its steps, and a digest of all that a checkpoint would hold after it."""
+
+    steps: list[tuple[float, float]]
+    digest: str
+
+
+def save_engine(engine: Engine, folder: str, step: int) -> None:
+    def gather(value: object) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    save(
+        folder,
+        step,
+        engine.pieces(),
+        {"engine": engine.state()},
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        gather=gather,
+    )
+
+
+def second_half(engine: Engine) -> Rest:
+    steps = train(engine, range(HALF, ALL))
+    digest = hashlib.sha256()
+    for piece in engine.pieces():
+        digest.update(repr((piece.name, piece.kind, piece.start, piece.flat_start)).encode())
+        digest.update(piece.data.contiguous().numpy().tobytes())
+    return Rest(steps, digest.hexdigest())
+
+
+def interrupted(case: Case, folder: str) -> Rest:
+    engine = make_engine(case.config())
+    train(engine, range(HALF))
+    save_engine(engine, folder, HALF)
+    return second_half(engine)
+
+
+def resumed(case: Case, folder: str) -> Rest:
+    engine = make_engine(case.config())
+    engine.load(Reader(f"{folder}/step_{HALF:08d}"))
+    return second_half(engine)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs a case once, saving after half of it: the folder, and what each rank did with the rest."""
+    import_what_ranks_import()
+
+    @cache
+    def run_once(case: Case) -> tuple[Path, list[Rest]]:
+        folder = tmp_path_factory.mktemp("checkpoints")
+        return folder, run_ranks(case.world_size, interrupted, case, str(folder))
+
+    return run_once
+
+
+SOURCES = {
+    "3d": Case(2, 2, 2, zero=1),
+    "tensor zero0": Case(2, 1, 2, zero=0, style="llama", tied=False),
+    "tensor zero2": Case(2, 1, 2, zero=2, tied=False),
+    "tensor zero3": Case(2, 1, 2, zero=3, style="llama"),
+    "sequence": Case(4, 1, 1, zero=1, sequence=True),
+    "pipeline zero0": Case(1, 4, 2, zero=0, style="llama"),
+}
+TARGETS = {
+    "one rank": Case(zero=0),
+    "pipeline4": Case(pipeline=4, zero=1),
+    "tensor4 zero3": Case(tensor=4, zero=3),
+    "data8 zero2": Case(data=8, zero=2, settings=MICRO1),
+    "data2 zero3": Case(data=2, zero=3),
+    "sequence pipeline": Case(2, 2, sequence=True, zero=0),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_another_layout(saved: Any, source: str, target: str) -> None:
+    before = SOURCES[source]
+    after = replace(TARGETS[target], style=before.style, tied=before.tied)
+    folder, uninterrupted = saved(before)
+    for rest in run_ranks(after.world_size, resumed, after, str(folder)):
+        for (loss, norm), (expected_loss, expected_norm) in zip(
+            rest.steps, uninterrupted[0].steps, strict=True
+        ):
+            assert loss == pytest.approx(expected_loss, abs=LOSS)
+            assert norm == pytest.approx(expected_norm, rel=NORM)
+
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+OFFLOAD = {"deepspeed.zero_optimization.offload_optimizer": {"device": "cpu"}}
+SAME = {
+    **SOURCES,
+    "one rank": Case(zero=0),
+    "data zero2": Case(data=2, zero=2),
+    "dropout": Case(2, 2, model=DROPOUT),
+    "bf16 one rank": Case(zero=0, precision="bf16"),
+    "bf16 data zero0": Case(data=2, zero=0, precision="bf16"),
+    "bf16 3d": Case(2, 2, 2, zero=1, precision="bf16"),
+    "bf16 zero1": Case(2, 1, 2, zero=1, sequence=True, style="llama", precision="bf16"),
+    "bf16 zero2": Case(data=2, zero=2, style="llama", tied=False, precision="bf16"),
+    "bf16 zero3": Case(2, 1, 2, zero=3, precision="bf16"),
+    "offload zero2": Case(data=2, zero=2, settings=OFFLOAD),
+    "offload zero3": Case(data=2, zero=3, settings=OFFLOAD),
+}
+
+
+@pytest.mark.parametrize("case", SAME.values(), ids=SAME)
+def test_bitwise_on_the_same_layout(saved: Any, case: Case) -> None:
+    folder, uninterrupted = saved(case)
+    assert run_ranks(case.world_size, resumed, case, str(folder)) == uninterrupted
+
+
+BF16_PAIRS = {
+    "zero0 to pipeline": (Case(data=2, zero=0), Case(2, 2)),
+    "3d to zero3": (Case(2, 2, 2), Case(2, 1, 2, zero=3)),
+    "zero3 to zero0": (Case(2, 1, 2, zero=3), Case(zero=0)),
+}
+
+
+@pytest.mark.parametrize("pair", BF16_PAIRS.values(), ids=BF16_PAIRS)
+def test_another_layout_in_bf16(saved: Any, pair: tuple[Case, Case]) -> None:
+    before, after = (replace(case, precision="bf16") for case in pair)
+    folder, uninterrupted = saved(before)
+    for rest in run_ranks(after.world_size, resumed, after, str(folder)):
+        for (loss, norm), (expected_loss, expected_norm) in zip(
+            rest.steps, uninterrupted[0].steps, strict=True
+        ):
+            assert loss == pytest.approx(expected_loss, abs=BF16_LOSS)
+            assert norm == pytest.approx(expected_norm, rel=BF16_NORM)
+
+
+def weights_alone(case: Case, folder: str) -> tuple[list[int], float]:
+    engine = make_engine(case.config())
+    engine.load(Reader(f"{folder}/step_{HALF:08d}"), weights_only=True)
+    before = engine.state()["optimizer_steps"]
+    ((loss, _),) = train(engine, range(HALF, HALF + 1))
+    return [before, engine.state()["optimizer_steps"]], loss
+
+
+@pytest.mark.parametrize("case", [Case(zero=0), Case(2, 1, 2, zero=3), Case(1, 2, 2)], ids=str)
+def test_weights_alone_start_a_new_optimizer(saved: Any, case: Case) -> None:
+    folder, uninterrupted = saved(SOURCES["3d"])
+    for counts, loss in run_ranks(case.world_size, weights_alone, case, str(folder)):
+        assert counts == [0, 1]
+        assert loss == pytest.approx(uninterrupted[0].steps[0][0], abs=LOSS)
+
+
+def test_loading_over_a_trained_engine(saved: Any) -> None:
+    """Nothing of what an engine did before stays when a checkpoint is loaded into it."""
+    case = SOURCES["tensor zero3"]
+    folder, uninterrupted = saved(case)
+    assert run_ranks(case.world_size, went_astray, case, str(folder)) == uninterrupted
+
+
+def went_astray(case: Case, folder: str) -> Rest:
+    engine = make_engine(case.config())
+    train(engine, range(20, 23))
+    engine.load(Reader(f"{folder}/step_{HALF:08d}"))
+    return second_half(engine)
