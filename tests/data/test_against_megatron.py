@@ -1,0 +1,193 @@
+"""Files, samples and blends against Megatron-core itself.
+
+Where megatron-core 0.16 is installed its own output is compared for many random settings. Everywhere else hashes of
+that output for some settings, kept here, stand in for it; they are checked against the peer too, where it is.
+"""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from megatron_lite.config import DataConfig
+from megatron_lite.data import IndexedDatasetWriter, build_datasets
+
+needs_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed: golden hashes only"
+)
+
+
+class Case(NamedTuple):
+    """What is asked: weights None is one prefix, () several prefixes without weights."""
+
+    lengths: list[list[int]]
+    weights: list[float] | tuple[()] | None
+    seq_length: int
+    samples: tuple[int, int, int]
+    split: str
+    seed: int
+
+
+def case(number: int) -> Case:
+    """A setting that depends on `number` alone (RandomState's stream is fixed for ever)."""
+    random = np.random.RandomState(number)
+    kind = number % 4
+    prefixes = 1 if kind < 2 else random.randint(2, 6)
+    lengths = []
+    for _ in range(prefixes):
+        documents = random.randint(30, 120)
+        lengths.append(random.randint(1, random.randint(2, 120), documents).tolist())
+    if number % 5 == 0:
+        for index in range(0, len(lengths[0]), 7):
+            lengths[0][index] = 0
+    weights: list[float] | tuple[()] | None = None
+    if kind == 2:
+        weights = (random.random_sample(prefixes) + 0.05).tolist()
+    if kind == 3:
+        weights = ()
+    seq_length = int(random.choice([3, 8, 16, 64]))
+    if kind == 3:
+        seq_length = 3  # Megatron refuses a blend with a dataset too short for one sample
+    tokens = sum(map(sum, lengths))
+    train = max(1, int(random.choice([0.3, 0.9, 1.5, 2.05, 3.7]) * tokens / seq_length))
+    split = str(random.choice(["100,0,0", "8,1,1", "0.5,0.25,0.25", "900,50,50"]))
+    if kind == 3:
+        split = "0.5,0.25,0.25"
+    if split == "100,0,0":
+        return Case(lengths, weights, seq_length, (train, 0, 0), split, int(random.randint(2**31)))
+    return Case(lengths, weights, seq_length, (train, 5, 3), split, int(random.randint(2**31)))
+
+
+def write(case: Case, folder: Path) -> list[str]:
+    random = np.random.RandomState(case.seed % 1000)
+    prefixes = []
+    for number, lengths in enumerate(case.lengths):
+        prefix = folder / f"d{number}"
+        with IndexedDatasetWriter(prefix, np.uint16) as writer:
+            for length in lengths:
+                writer.add_sequence(random.randint(0, 50257, length).astype(np.uint16))
+                writer.end_document()
+        prefixes.append(str(prefix))
+    return prefixes
+
+
+def our_samples(case: Case, prefixes: list[str]) -> list[np.ndarray]:
+    train: Any = prefixes[0]
+    if case.weights == ():
+        train = tuple(prefixes)
+    elif case.weights is not None:
+        train = tuple(zip(case.weights, prefixes, strict=True))  # type: ignore[arg-type]
+    config = DataConfig(train=train, split=case.split, order="megatron")
+    built = build_datasets(config, case.seq_length, case.seed, *case.samples)
+    return [dataset.batch(range(len(dataset))) for dataset in built if dataset is not None]
+
+
+def digest(splits: list[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for tokens in splits:
+        digest.update(repr(tokens.shape).encode() + tokens.astype("<i4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def their_samples(case: Case, prefixes: list[str], cache: Path) -> list[np.ndarray]:
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    class Tokenizer:
+        unique_identifiers = {"class": "none"}  # noqa: RUF012
+        pad = eod = 50256
+        vocab_size = 50257
+
+    weights = list(case.weights) if case.weights else None
+    config = GPTDatasetConfig(
+        random_seed=case.seed,
+        sequence_length=case.seq_length,
+        blend=(prefixes, weights),
+        split=case.split,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        tokenizer=Tokenizer(),
+        mid_level_dataset_surplus=0.005,
+    )
+    built = BlendedMegatronDatasetBuilder(GPTDataset, list(case.samples), lambda: True, config).build()
+    return [samples_of(dataset) for dataset, asked in zip(built, case.samples, strict=True) if asked]
+
+
+def samples_of(dataset: Any) -> np.ndarray:
+    """By Megatron's inner method, which gives the S + 1 tokens without making tensors of them."""
+    if hasattr(dataset, "datasets"):
+        pairs = zip(dataset.dataset_index, dataset.dataset_sample_index, strict=True)
+        return np.stack([one_sample(dataset.datasets[number], sample) for number, sample in pairs])
+    return np.stack([one_sample(dataset, sample) for sample in range(len(dataset))])
+
+
+def one_sample(dataset: Any, sample: int) -> np.ndarray:
+    return dataset._query_document_sample_shuffle_indices(sample)[0]
+
+
+GOLDEN = {
+    0: "6552b83739abd8ef",
+    1: "c69887d3b2015765",
+    2: "c65bb52cfec1da74",
+    3: "19565d419fd430f9",
+    4: "eadceadda0112f94",
+    5: "6d10a4e95e060eb3",
+    6: "0f96cbd814292161",
+    7: "2e1690903b9d879d",
+    8: "4cb6af764bc0a21d",
+    9: "355860981f07a34e",
+    10: "9a9551093fdc8b30",
+    11: "81205564f60a61b3",
+    12: "a5df3d215bf34c65",
+    13: "51e204a09447d1bb",
+    14: "8ba96134e429438c",
+    15: "6bcb1d020dfdfbee",
+    16: "5d31ca767381ec9e",
+    17: "5cc35fa0a6565e21",
+    18: "36830d5ea40501ef",
+    19: "92ef13827299ea82",
+}
+
+
+@pytest.mark.parametrize("number", GOLDEN)
+def test_samples_have_megatrons_hashes(tmp_path: Path, number: int) -> None:
+    assert digest(our_samples(case(number), write(case(number), tmp_path))) == GOLDEN[number]
+
+
+@needs_megatron
+@pytest.mark.parametrize("number", range(40))
+def test_samples_are_megatrons(tmp_path: Path, number: int) -> None:
+    prefixes = write(case(number), tmp_path)
+    theirs = their_samples(case(number), prefixes, tmp_path / "cache")
+    ours = our_samples(case(number), prefixes)
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(our, their)
+    if number in GOLDEN:
+        assert digest(theirs) == GOLDEN[number], "the hash kept here is Megatron's"
+
+
+@needs_megatron
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_files_are_megatrons_byte_for_byte(tmp_path: Path, dtype: type) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    random = np.random.default_rng(1)
+    documents = [random.integers(0, 50000, random.integers(0, 30)).tolist() for _ in range(200)]
+    theirs = IndexedDatasetBuilder(str(tmp_path / "their.bin"), dtype=dtype)
+    with IndexedDatasetWriter(tmp_path / "our", dtype) as ours:
+        for document in documents:
+            ours.add_document(document)
+            # As tools/preprocess_data.py of Megatron-LM: no sequence for a text without ids.
+            theirs.add_document(
+                torch.tensor(document, dtype=torch.int64), [len(document)] if document else []
+            )
+    theirs.finalize(str(tmp_path / "their.idx"))
+    for end in (".bin", ".idx"):
+        assert (tmp_path / f"our{end}").read_bytes() == (tmp_path / f"their{end}").read_bytes()
