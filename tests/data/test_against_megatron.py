@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_lite.config import DataConfig
-from megatron_lite.data import IndexedDatasetWriter, build_datasets
+from megatron_lite.data import GPTDataset, IndexedDatasetWriter, build_datasets
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed: golden hashes only"
@@ -92,7 +92,7 @@ def digest(splits: list[np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-def their_samples(case: Case, prefixes: list[str], cache: Path) -> list[np.ndarray]:
+def their_samples(case: Case, prefixes: list[str], **data: Any) -> list[np.ndarray]:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -105,17 +105,16 @@ def their_samples(case: Case, prefixes: list[str], cache: Path) -> list[np.ndarr
     config = GPTDatasetConfig(
         random_seed=case.seed,
         sequence_length=case.seq_length,
-        blend=(prefixes, weights),
-        split=case.split,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
         tokenizer=Tokenizer(),
         mid_level_dataset_surplus=0.005,
+        **(data or {"blend": (prefixes, weights), "split": case.split}),
     )
     built = BlendedMegatronDatasetBuilder(GPTDataset, list(case.samples), lambda: True, config).build()
-    return [samples_of(dataset) for dataset, asked in zip(built, case.samples, strict=True) if asked]
+    return [samples_of(d) for d, asked in zip(built, case.samples, strict=True) if asked and d is not None]
 
 
 def samples_of(dataset: Any) -> np.ndarray:
@@ -163,13 +162,33 @@ def test_samples_have_megatrons_hashes(tmp_path: Path, number: int) -> None:
 @pytest.mark.parametrize("number", range(40))
 def test_samples_are_megatrons(tmp_path: Path, number: int) -> None:
     prefixes = write(case(number), tmp_path)
-    theirs = their_samples(case(number), prefixes, tmp_path / "cache")
+    theirs = their_samples(case(number), prefixes)
     ours = our_samples(case(number), prefixes)
     assert len(ours) == len(theirs)
     for our, their in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(our, their)
     if number in GOLDEN:
         assert digest(theirs) == GOLDEN[number], "the hash kept here is Megatron's"
+
+
+@needs_megatron
+@pytest.mark.parametrize("number", [2, 6, 10, 14])
+def test_splits_of_their_own_files_are_megatrons(tmp_path: Path, number: int) -> None:
+    """A weighted blend to train on, and one prefix, whose weight does not matter, to validate on."""
+    setting = case(number)._replace(samples=(500, 40, 0))
+    *train, valid = write(setting, tmp_path)
+    weights = list(setting.weights or [])[: len(train)]
+    own = {"blend_per_split": [(train, weights), ([valid], [0.3]), None]}
+    theirs = their_samples(setting, [], **own)
+    pairs = tuple(zip(weights, train, strict=True))
+    config = DataConfig(train=pairs, valid=((0.3, valid),), order="megatron")
+    built = build_datasets(config, setting.seq_length, setting.seed, 500, 40, 5)
+    assert built[2] is None
+    if len(train) == 1:
+        assert isinstance(built[0], GPTDataset)
+    for our, their in zip(built[:2], theirs, strict=True):
+        assert our is not None
+        np.testing.assert_array_equal(our.batch(range(len(our))), their)
 
 
 @needs_megatron
