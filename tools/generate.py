@@ -65,8 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
             session.converse()
         else:
             session.answer(together(launch, lambda: session.encode(read_prompts(options))))
-    except (ValueError, OSError) as error:
+    except Refused as error:
         return fail(str(error)) if launch.is_first else 2
+    except (ValueError, OSError) as error:
+        return fail(str(error) if launch.world_size == 1 else f"rank {launch.rank}: {error}")
     except KeyboardInterrupt:
         return 130
     finally:
@@ -125,8 +127,12 @@ def fail(problem: str) -> int:
     return 2
 
 
+class Refused(ValueError):
+    """Raised on every rank alike, so that one of them tells it."""
+
+
 def together(launch: Launch, action: Callable[[], T]) -> T:
-    """Does something on every rank; where it fails on any, raises ValueError on all, none left waiting."""
+    """Does something on every rank; where it fails on any, raises Refused on all, none left waiting."""
     result, fault = None, None
     try:
         result = action()
@@ -137,15 +143,18 @@ def together(launch: Launch, action: Callable[[], T]) -> T:
         faults = [None] * launch.world_size
         dist.all_gather_object(faults, fault)
     if found := [fault for fault in faults if fault is not None]:
-        raise ValueError(found[0])
+        raise Refused(found[0])
     return result  # type: ignore[return-value]
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         return list(options.prompt)
-    with open(options.prompt_file, encoding="utf-8") as file:
-        prompts = [line.rstrip("\r\n") for line in file if line.strip()]
+    try:
+        with open(options.prompt_file, encoding="utf-8") as file:
+            prompts = [line.rstrip("\r\n") for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.prompt_file}: not UTF-8 text: {error.reason}") from None
     if not prompts:
         raise ValueError(f"{options.prompt_file}: no prompts in it")
     return prompts

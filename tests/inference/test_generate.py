@@ -7,6 +7,7 @@ import torch
 
 from megatron_lite.inference import generate
 from megatron_lite.model.gpt import GPT
+from megatron_lite.model.runtime import Runtime
 from megatron_lite.parallel.mesh import build_mesh
 from tests.distributed import run_ranks
 from tests.inference.case import PROMPTS, STYLES, make_config, make_model, recompute_greedy
@@ -171,3 +172,14 @@ def test_sequence_parallel_meshes_are_refused() -> None:
 
 def sequence_parallel() -> None:
     generate(make_model(make_config("llama"), build_mesh(2, sequence_parallel=True)), PROMPTS, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("style", STYLES)
+def test_a_gpu_continues_as_a_cpu(style: str) -> None:
+    config, device = make_config(style), torch.device("cuda")
+    model = make_model(config)
+    on_gpu = GPT(config.model, Runtime(device=device))
+    on_gpu.load_state_dict(model.state_dict())
+    assert greedy(on_gpu, PROMPTS, 12) == greedy(model, PROMPTS, 12)
+    assert generate(on_gpu, PROMPTS, 12, **SAMPLED) == generate(model, PROMPTS, 12, **SAMPLED)

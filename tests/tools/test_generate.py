@@ -155,6 +155,8 @@ def test_bad_input_is_told_in_one_message(run: Path, tmp_path: Path) -> None:
     refuse("No such file", "--load", run, "--prompt-file", tmp_path / "nothing")
     (tmp_path / "empty").write_text("\n \n")
     refuse("empty: no prompts in it", "--load", run, "--prompt-file", tmp_path / "empty")
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    refuse("latin: not UTF-8 text", "--load", run, "--prompt-file", tmp_path / "latin")
     for flag in ("--max-new-tokens", "--num-samples", "--batch-size", "--tensor"):
         refuse(f"{flag} is at least 1", "--load", run, "--prompt", "a", flag, 0)
     refuse("--temperature is 0 or more", "--load", run, *ask, "--temperature", "nan")
@@ -215,3 +217,16 @@ def test_two_ranks_refuse_with_one_voice(run: Path, tmp_path: Path) -> None:
     assert first[:2] == second[:2] == (2, "")
     assert "not mounted here: no checkpoint there" in first[2]
     assert second[2] == ""
+
+    def no_gpu_on_one() -> Outcome:
+        def choose(setting: str, launch: tool.Launch) -> torch.device:
+            if launch.local_rank:
+                raise ValueError("no GPU here")
+            return torch.device("cpu")
+
+        tool.choose_device = choose  # type: ignore[assignment]
+        if dist.get_rank() == 1:
+            return call("--load", run, "--prompt", "a", "--tensor", 2)
+        return 0, "", ""  # it would wait for the other one until the launcher ends it
+
+    assert on_ranks(no_gpu_on_one)[1] == (2, "", "error: rank 1: no GPU here\n")
