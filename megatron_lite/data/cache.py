@@ -47,43 +47,39 @@ def cached(directory: Path | None, key: Mapping[str, Any], build: Callable[[], A
         return build()
     text = json.dumps(key, sort_keys=True)
     entry = directory / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    arrays = _load(entry, text)
+    arrays = _load(entry)
     if arrays is not None:
         return arrays
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _lock(entry.with_suffix(".lock")):
-            arrays = _load(entry, text)
+            arrays = _load(entry)
             if arrays is None:
                 arrays = build()
-                _store(entry, text, arrays)
-                arrays = _load(entry, text) or arrays
+                _store(entry, key, arrays)
+                arrays = _load(entry) or arrays
             return arrays
     except OSError as error:
         logger.info("index cache %s cannot be used (%s): built in memory", directory, error)
         return build() if arrays is None else arrays
 
 
-def _load(entry: Path, text: str) -> Arrays | None:
+def _load(entry: Path) -> Arrays | None:
     """The entry's arrays, or None where it is absent or damaged."""
     try:
         record = json.loads((entry / "key.json").read_text())
-        if record["key"] != json.loads(text):
-            return None
         return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in record["arrays"]}
     except (OSError, ValueError, EOFError, KeyError):
         return None
 
 
-def _store(entry: Path, text: str, arrays: Arrays) -> None:
+def _store(entry: Path, key: Mapping[str, Any], arrays: Arrays) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
     try:
         temporary.chmod(0o755)
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
-        (temporary / "key.json").write_text(
-            json.dumps({"key": json.loads(text), "arrays": list(arrays)}, indent=1)
-        )
+        (temporary / "key.json").write_text(json.dumps({"key": dict(key), "arrays": list(arrays)}, indent=1))
         shutil.rmtree(entry, ignore_errors=True)  # only a damaged one is there: `cached` looked
         try:
             os.rename(temporary, entry)

@@ -113,7 +113,11 @@ class DataLoader:
             batches = self._read_step(self._consumed)
         else:
             self._read_ahead(self._pool)
-            batches = self._ahead[0].result()
+            try:
+                batches = self._ahead[0].result()
+            except BaseException:
+                self._ahead.clear()  # so that trying again reads again
+                raise
             self._ahead.popleft()
         self._consumed += self._global
         if self._pool is not None:

@@ -69,6 +69,8 @@ def test_changed_data_or_settings_never_meet_an_old_index(make_prefix: MakePrefi
     variants = [
         ([10, 21, 29], range(3), 5, 4, 1),
         ([10, 20, 30], range(2), 5, 4, 1),
+        ([10, 10, 10], range(2), 5, 4, 1),
+        ([10, 10, 10], range(1, 3), 5, 4, 1),
         ([10, 20, 30], range(3), 6, 4, 1),
         ([10, 20, 30], range(3), 5, 3, 1),
         ([10, 20, 30], range(3), 5, 4, 2),
@@ -77,9 +79,9 @@ def test_changed_data_or_settings_never_meet_an_old_index(make_prefix: MakePrefi
         build(lengths, documents, *settings)
         assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == number
     build([10, 20, 30], range(3), 5, 4, 1, order="megatron")
-    assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == 7
+    assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == 9
     build([10, 20, 30], range(3), 5, 4, 1)
-    assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == 7
+    assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == 9
 
 
 def test_a_cached_index_reads_the_same_samples(make_prefix: MakePrefix, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import os
 import struct
 from pathlib import Path
 
@@ -143,6 +144,37 @@ def test_truncated_missing_and_empty_files_are_reported(tmp_path: Path, end: str
             IndexedDataset(tmp_path / "x")
     path.unlink()
     with pytest.raises(DatasetError, match="no such file"):
+        IndexedDataset(tmp_path / "x")
+
+
+def test_a_negative_length_is_reported_even_where_the_offsets_agree(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(bytes(8))
+    (tmp_path / "x.idx").write_bytes(
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ3i3q2q", 1, 1, 3, 2, 6, -2, 4, 0, 6, 4, 0, 3)
+    )
+    with pytest.raises(DatasetError, match="lengths and offsets"):
+        IndexedDataset(tmp_path / "x")
+
+
+def test_a_crash_between_the_two_files_never_pairs_old_and_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both versions have the same sizes, so that only the absence of the old index can tell."""
+    with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
+        writer.add_documents(np.array([1, 2, 3]), [2, 1])
+    replace = os.replace
+
+    def crash(source: Path, target: str) -> None:
+        if target.endswith(".idx"):
+            raise OSError("the machine went away")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    writer = IndexedDatasetWriter(tmp_path / "x", np.uint16)
+    writer.add_documents(np.array([4, 5, 6]), [1, 2])
+    with pytest.raises(OSError, match="went away"):
+        writer.close()
+    with pytest.raises(DatasetError, match=r"x\.idx: no such file"):
         IndexedDataset(tmp_path / "x")
 
 

@@ -114,6 +114,8 @@ def test_an_error_of_reading_surfaces_at_its_step(num_workers: int) -> None:
         with pytest.raises(OSError, match="the disk went away"):
             loader.next_step()
     assert loader.consumed_samples == 4
+    data.fail_at = -1
+    assert numbers(loader, 1) == [[[4], [5], [6], [7]]], "once it can be read, nothing is lost"
     loader.close()
 
 

@@ -140,6 +140,16 @@ def test_megatron_order_is_the_reference(number: int) -> None:
     assert samples_of(order, lengths, seq_length) == expected
 
 
+@pytest.mark.parametrize("count", [179, 180, 189])
+def test_megatrons_last_epoch_is_apart_below_80_percent(count: int) -> None:
+    """100 samples an epoch: 79 of the second are fewer than 80%, 80 are not."""
+    lengths = [11] * 91
+    order = megatron_order(np.array(lengths, np.int32), range(91), count, 10, 4)
+    assert samples_of(order, lengths, 10) == megatron_reference(lengths, range(91), count, 10, 4)
+    first_epoch = set(order["documents"][:91].tolist())
+    assert (len(first_epoch) == 91) == (count == 179), "apart, the first epoch has every document"
+
+
 def test_each_epoch_has_every_token_once_before_the_next_begins() -> None:
     """Documents of whole samples: the first tokens of the samples say what was seen."""
     lengths = [8] * 30
