@@ -85,7 +85,11 @@ class Engine:
 
     # What the two kinds do each in their way.
     def train_step(self, batches: list[Batch], step: int) -> StepResult:
-        """One optimizer step on this rank's micro-batches; `step` counts those done before."""
+        """One optimizer step on this rank's micro-batches; `step` counts those done before.
+
+        Raises:
+            ValueError: the micro-batches are not as many as the global batch needs.
+        """
         raise NotImplementedError
 
     def eval_step(self, batches: list[Batch]) -> tuple[float, float]:
@@ -114,6 +118,11 @@ class Engine:
         if hasattr(engine.optimizer, "check_grad_overflow"):
             # Also in fp32 and bf16: a gradient that is not finite must never reach the weights.
             engine.optimizer.check_grad_overflow = True
+
+    def _check_count(self, batches: list[Batch]) -> None:
+        """Where one rank had fewer micro-batches than its peers, they would wait for it."""
+        if len(batches) != self.micro_batches:
+            raise ValueError(f"a step takes {self.micro_batches} micro-batches a rank, not {len(batches)}")
 
     def loss_weights(self, batches: list[Batch]) -> tuple[list[Tensor], float]:
         """Per-token weights that make the sum of all ranks' losses the mean over the batch's unmasked tokens.
@@ -240,6 +249,7 @@ class PlainEngine(Engine):
         )
 
     def train_step(self, batches: list[Batch], step: int) -> StepResult:
+        self._check_count(batches)
         self.deepspeed.train()
         weights, _ = self.loss_weights(batches)
         total = torch.zeros((), device=self.runtime.device)
@@ -331,6 +341,7 @@ class StagedEngine(Engine):
         flags = {"positions": data.reset_position_ids, "segments": data.reset_attention_mask}
         self._extra_names = [name for name, on in flags.items() if on]
         self._forwards = 0
+        self._shape: tuple[int, ...] = ()
         module = build_pipeline(
             gpt_layers(config.model, runtime),
             self.mesh,
@@ -352,18 +363,28 @@ class StagedEngine(Engine):
         self._adopt(module, engine, optimizer)
 
     def train_step(self, batches: list[Batch], step: int) -> StepResult:
+        self._check_count(batches)
+        self._expect_shape(batches)
         self.runtime.clock.step, self._forwards = step, 0
         weights, _ = self.loss_weights(batches)
         return self._result(self.deepspeed.train_batch(self._feed(batches, weights)))
 
     @torch.no_grad()
     def eval_step(self, batches: list[Batch]) -> tuple[float, float]:
+        self._expect_shape(batches)
         weights, tokens = self.loss_weights(batches)
         loss = self.deepspeed.eval_batch(self._feed(batches, weights), num_micro_batches=len(batches))
         return float(loss), tokens
 
     def named_layers(self) -> list[tuple[str, nn.Module]]:
         return [(m.name, m) for m in self.module.modules() if isinstance(m, StageLayer)]
+
+    def _expect_shape(self, batches: list[Batch]) -> None:
+        """Stages keep buffers of the shape they first saw, and would fill them in part without any error."""
+        shape = batches[0].tokens.shape
+        if shape != self._shape:
+            self.deepspeed.reset_activation_shape()
+            self._shape = shape
 
     def begin_micro_batch(self) -> None:
         """Called before each forward pass of this stage; micro-batches pass through it in order."""

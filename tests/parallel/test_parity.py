@@ -1,44 +1,11 @@
 """Every layout trains as one process does: ten steps, clipping on, every rank's loss and gradient norm."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
+from tests.parity import assert_parity, assert_same_training, one_process, reference
 from tests.training_case import Case, run
-
-LOSS, NORM = 2e-6, 1e-5  # nats, and a part of the norm
-BF16_LOSS, BF16_NORM = 2e-3, 1e-2
-
-
-@cache
-def reference(case: Case) -> list[tuple[float, float]]:
-    (steps,) = run(case)
-    return steps
-
-
-def one_process(case: Case) -> Case:
-    """The same training on one rank, as plain as it gets: no ZeRO (but for the fp32 masters of bf16)."""
-    settings = {
-        path: value
-        for path, value in case.settings.items()
-        if not path.startswith(("deepspeed", "parallel", "train.micro"))
-    }
-    zero = 0 if case.precision == "fp32" else 1
-    return replace(
-        case, tensor=1, pipeline=1, data=1, zero=zero, sequence=False, recompute="none", settings=settings
-    )
-
-
-def assert_parity(case: Case) -> None:
-    expected = reference(one_process(case))
-    loss, norm = (LOSS, NORM) if case.precision == "fp32" else (BF16_LOSS, BF16_NORM)
-    assert any(limit > case.config().optimizer.grad_clip for _, limit in expected), "nothing was clipped"
-    for rank, steps in enumerate(run(case)):
-        where = f"rank {rank} of {case}"
-        assert [step[0] for step in steps] == pytest.approx([step[0] for step in expected], abs=loss), where
-        assert [step[1] for step in steps] == pytest.approx([step[1] for step in expected], rel=norm), where
-
 
 GRID = [
     # Data parallel, and the four stages of ZeRO
@@ -166,7 +133,5 @@ def test_without_clipping(case: Case) -> None:
     case = replace(case, settings={"optimizer.grad_clip": 0.0})
     expected = reference(one_process(case))
     assert expected != reference(one_process(replace(case, settings={})))
-    for steps in run(case):
-        for (loss, norm), (expected_loss, expected_norm) in zip(steps, expected, strict=True):
-            assert loss == pytest.approx(expected_loss, abs=LOSS)
-            assert norm == pytest.approx(expected_norm, rel=NORM)
+    for rank, steps in enumerate(run(case)):
+        assert_same_training(steps, expected, f"rank {rank}")

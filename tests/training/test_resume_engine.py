@@ -12,10 +12,9 @@ import torch.distributed as dist
 from megatron_lite.checkpoint import Reader, save
 from megatron_lite.training.engine import Engine
 from tests.distributed import run_ranks
+from tests.parity import LOSS, assert_same_training
 from tests.training_case import Case, import_what_ranks_import, make_engine, train
 
-LOSS, NORM = 2e-6, 1e-5  # nats, and a part of the norm
-BF16_LOSS, BF16_NORM = 2e-3, 1e-2
 HALF, ALL = 5, 10
 MICRO1 = {"train.micro_batch_size": 1}
 
@@ -104,12 +103,8 @@ def test_another_layout(saved: Any, source: str, target: str) -> None:
     before = SOURCES[source]
     after = replace(TARGETS[target], style=before.style, tied=before.tied)
     folder, uninterrupted = saved(before)
-    for rest in run_ranks(after.world_size, resumed, after, str(folder)):
-        for (loss, norm), (expected_loss, expected_norm) in zip(
-            rest.steps, uninterrupted[0].steps, strict=True
-        ):
-            assert loss == pytest.approx(expected_loss, abs=LOSS)
-            assert norm == pytest.approx(expected_norm, rel=NORM)
+    for rank, rest in enumerate(run_ranks(after.world_size, resumed, after, str(folder))):
+        assert_same_training(rest.steps, uninterrupted[0].steps, f"rank {rank}")
 
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -147,12 +142,8 @@ BF16_PAIRS = {
 def test_another_layout_in_bf16(saved: Any, pair: tuple[Case, Case]) -> None:
     before, after = (replace(case, precision="bf16") for case in pair)
     folder, uninterrupted = saved(before)
-    for rest in run_ranks(after.world_size, resumed, after, str(folder)):
-        for (loss, norm), (expected_loss, expected_norm) in zip(
-            rest.steps, uninterrupted[0].steps, strict=True
-        ):
-            assert loss == pytest.approx(expected_loss, abs=BF16_LOSS)
-            assert norm == pytest.approx(expected_norm, rel=BF16_NORM)
+    for rank, rest in enumerate(run_ranks(after.world_size, resumed, after, str(folder))):
+        assert_same_training(rest.steps, uninterrupted[0].steps, f"rank {rank}", "bf16")
 
 
 def weights_alone(case: Case, folder: str) -> tuple[list[int], float]:
