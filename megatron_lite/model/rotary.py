@@ -16,7 +16,7 @@ class Rotary:
     """Tables of cosine and sine, shared by all blocks and made when first needed. Not a parameter, never saved."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.dim = config.rotary_dim
+        self.rows = config.max_positions  # of the table; doubled when a longer text is generated
         self.frequencies, self.magnitude = rotary_frequencies(
             self.dim, config.rotary_base, config.rotary_scaling, config.max_positions
         )
@@ -26,7 +26,9 @@ class Rotary:
         """Cosine and sine, fp32: [length, dim] for positions 0 to length-1, or [b, 1, s, dim] for given ones."""
         needed = length if positions is None else int(positions.max()) + 1
         if self._table is None or self._table[0].size(0) < needed or self._table[0].device != device:
-            angles = torch.outer(torch.arange(needed, dtype=torch.float32), self.frequencies)
+            while self.rows < needed:
+                self.rows *= 2
+            angles = torch.outer(torch.arange(self.rows, dtype=torch.float32), self.frequencies)
             angles = torch.cat((angles, angles), dim=-1)
             self._table = (
                 (angles.cos() * self.magnitude).to(device),
