@@ -18,7 +18,7 @@ class Rotary:
     def __init__(self, config: ModelConfig) -> None:
         self.rows = config.max_positions  # of the table; doubled when a longer text is generated
         self.frequencies, self.magnitude = rotary_frequencies(
-            self.dim, config.rotary_base, config.rotary_scaling, config.max_positions
+            config.rotary_dim, config.rotary_base, config.rotary_scaling, config.max_positions
         )
         self._table: tuple[Tensor, Tensor] | None = None
 

@@ -166,6 +166,10 @@ class Engine:
     def _result(self, loss: Tensor) -> StepResult:
         norm = self.grad_norm()
         overflow = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        if overflow and self.deepspeed.zero_cpu_offload():
+            # DeepSpeed would add the next gradients to those of the step it skipped, and skip for ever.
+            averaged = self.deepspeed.optimizer.averaged_gradients
+            averaged.update(dict.fromkeys(averaged))
         return StepResult(float(loss), norm, overflow or not math.isfinite(norm))
 
     def _fragments(self) -> list[optimizer_state.Fragment]:

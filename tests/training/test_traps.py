@@ -171,6 +171,7 @@ ANY_STAGE = [
     *(Case(data=2, zero=zero) for zero in range(4)),
     *(Case(data=2, zero=zero, precision="bf16") for zero in range(4)),
     Case(data=2, zero=2, settings=OFFLOAD),
+    Case(data=2, zero=2, precision="bf16", settings=OFFLOAD),
     Case(data=2, zero=3, settings=OFFLOAD),
     Case(tensor=2, zero=3, precision="bf16"),
     Case(pipeline=2, zero=0),
