@@ -1,4 +1,4 @@
-"""Pipeline stages: the model's list of layers as a DeepSpeed `PipelineModule`.
+"""Pipeline stages: the model's list of layers as a DeepSpeed `PipelineModule`, and the engine that runs them.
 
 Between stages travels the hidden state, and with document masking also the positions and segments, as a tuple.
 """
@@ -9,9 +9,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.stages import Layer, stage_bounds
@@ -104,3 +108,60 @@ def build_pipeline(
         else:
             specs.append(LayerSpec(StageLayer, layer, make_context))
     return Stages(specs, bounds, mesh, loss)
+
+
+class StageEngine(PipelineEngine):
+    """DeepSpeed's pipeline engine with its reduction of tied gradients corrected, and two hooks.
+
+    Args:
+        before_forward: called before each forward pass of this stage.
+        before_step: called when the gradients are complete, before the optimizer takes them.
+    """
+
+    def __init__(
+        self,
+        module: Stages,
+        optimizer: Optimizer,
+        settings: dict[str, Any],
+        before_forward: Callable[[], None],
+        before_step: Callable[[], None],
+    ) -> None:
+        self._before_forward, self._before_step = before_forward, before_step
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            mpu=module.mpu(),
+            dist_init_required=False,
+            config=settings,
+            config_class=DeepSpeedConfig(settings, module.mpu()),
+        )
+
+    def _exec_reduce_tied_grads(self) -> None:
+        # DeepSpeed reads weight.grad, which is empty where ZeRO keeps gradients in another precision: the tied
+        # copies would then train apart without any error.
+        for weight, group in self.module.get_tied_weights_and_groups():
+            if self.using_bf16_optimizer:
+                grad = weight._hp_grad
+            elif hasattr(self.optimizer, "get_param_gradient_attribute"):
+                grad = self.optimizer.get_param_gradient_attribute(weight)
+            else:
+                grad = weight.grad
+            if grad is None:
+                raise RuntimeError("a tied weight has no gradient: its copies would drift apart")
+            dist.all_reduce(grad, group=group)
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        self._before_forward()
+        super()._exec_forward_pass(buffer_id)
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        self._before_step()
+        super()._exec_optimizer_step(lr_kwargs)
+
+
+# The map holds plain functions, so that overriding a method alone changes nothing.
+StageEngine._INSTRUCTION_MAP = {
+    instruction: getattr(StageEngine, method.__name__)
+    for instruction, method in PipelineEngine._INSTRUCTION_MAP.items()
+}

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
-from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
-from deepspeed.runtime.pipe.engine import PipelineEngine  # noqa: E402
 
 from megatron_lite.checkpoint import Piece, Reader  # noqa: E402
 from megatron_lite.config import Config  # noqa: E402
@@ -31,7 +29,7 @@ from megatron_lite.model.gpt import GPT, gpt_layers  # noqa: E402
 from megatron_lite.model.runtime import Runtime  # noqa: E402
 from megatron_lite.parallel.loss import weighted_loss  # noqa: E402
 from megatron_lite.parallel.parameter import spec_of  # noqa: E402
-from megatron_lite.parallel.pipeline import StageLayer, build_pipeline  # noqa: E402
+from megatron_lite.parallel.pipeline import StageEngine, StageLayer, build_pipeline  # noqa: E402
 from megatron_lite.training import optimizer_state  # noqa: E402
 from megatron_lite.training.optimizer import build_optimizer, clip_gradients  # noqa: E402
 
@@ -301,41 +299,6 @@ class PlainEngine(Engine):
         return total / self.mesh.data_size
 
 
-class _Stages(PipelineEngine):
-    """DeepSpeed's pipeline engine with three corrections."""
-
-    face: "StagedEngine"
-
-    def _exec_reduce_tied_grads(self) -> None:
-        # DeepSpeed reads weight.grad, which is empty where ZeRO keeps gradients in another precision: the tied
-        # copies would then train apart without any error.
-        for weight, group in self.module.get_tied_weights_and_groups():
-            if self.using_bf16_optimizer:
-                grad = weight._hp_grad
-            elif hasattr(self.optimizer, "get_param_gradient_attribute"):
-                grad = self.optimizer.get_param_gradient_attribute(weight)
-            else:
-                grad = weight.grad
-            if grad is None:
-                raise RuntimeError("a tied weight has no gradient: its copies would drift apart")
-            dist.all_reduce(grad, group=group)
-
-    def _exec_forward_pass(self, buffer_id: int) -> None:
-        self.face.begin_micro_batch()
-        super()._exec_forward_pass(buffer_id)
-
-    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
-        self.face.clip_own()
-        super()._exec_optimizer_step(lr_kwargs)
-
-
-# The map holds plain functions, so that overriding a method alone changes nothing.
-_Stages._INSTRUCTION_MAP = {
-    instruction: getattr(_Stages, method.__name__)
-    for instruction, method in PipelineEngine._INSTRUCTION_MAP.items()
-}
-
-
 class StagedEngine(Engine):
     """Pipeline stages: DeepSpeed's one-forward-one-backward schedule with ZeRO-1 over the data-parallel ranks."""
 
@@ -354,16 +317,7 @@ class StagedEngine(Engine):
             config.parallel.pipeline_partition,
         )
         optimizer = build_optimizer(module.parameters(), config.optimizer)
-        engine = _Stages(
-            args=None,
-            model=module,
-            optimizer=optimizer,
-            mpu=module.mpu(),
-            dist_init_required=False,
-            config=self.settings,
-            config_class=DeepSpeedConfig(self.settings, module.mpu()),
-        )
-        engine.face = self
+        engine = StageEngine(module, optimizer, self.settings, self._begin_micro_batch, self.clip_own)
         self._adopt(module, engine, optimizer)
 
     def train_step(self, batches: list[Batch], step: int) -> StepResult:
@@ -390,7 +344,7 @@ class StagedEngine(Engine):
             self.deepspeed.reset_activation_shape()
             self._shape = shape
 
-    def begin_micro_batch(self) -> None:
+    def _begin_micro_batch(self) -> None:
         """Called before each forward pass of this stage; micro-batches pass through it in order."""
         self.runtime.clock.micro_batch = self._forwards * self.mesh.data_size + self.mesh.data_rank
         self._forwards += 1
