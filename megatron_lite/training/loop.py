@@ -1,5 +1,7 @@
 """The training loop, and what is built before it."""
 
+import contextlib
+import io
 import logging
 import time
 from collections.abc import Callable
@@ -8,24 +10,27 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_lite.checkpoint import CheckpointError
 from megatron_lite.config import Config
 from megatron_lite.data.build import build_datasets
+from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import SampleDataset
-from megatron_lite.data.loader import DataLoader
+from megatron_lite.data.loader import Batch, DataLoader
 from megatron_lite.model.runtime import Runtime
 from megatron_lite.ops import build_ops
 from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
-from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.tokenizers import Tokenizer, load_tokenizer
 from megatron_lite.training.allocator import set_cpu_allocator
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.metrics import Metrics, peak_memory_gib
-from megatron_lite.training.resilience import StopSignals, check_finite
+from megatron_lite.training.resilience import RunFailed, StopSignals, check_finite
 from megatron_lite.training.saving import (
     Progress,
     agreed_failure,
     find_start,
     load_checkpoint,
+    read_progress,
     save_checkpoint,
 )
 from megatron_lite.training.schedule import learning_rate
@@ -54,11 +59,15 @@ def train(run: Run) -> None:
     """Runs training to the step the configuration asks for, or to a stop signal, and saves. Collective.
 
     Raises:
-        NonFinite: see `resilience.check_finite`.
-        DatasetError, CheckpointError: reading data or saving failed; the last checkpoint stands.
+        RunFailed: a number is not finite (see `resilience.check_finite`), data cannot be read, or a checkpoint
+            cannot be written; the last checkpoint stands.
     """
     config, engine, progress, metrics = run.config, run.engine, run.progress, run.metrics
     last = config.train.steps
+    if progress.step >= last:
+        logger.info("nothing to do: step %d is done, and train.steps is %d", progress.step, last)
+        metrics.close()
+        return
     if config.train.exit_after_steps is not None:
         last = min(last, progress.step + config.train.exit_after_steps)
     saved = progress.step
@@ -66,7 +75,7 @@ def train(run: Run) -> None:
         metrics.begin_step()
         rate = learning_rate(config, progress.step)
         engine.set_learning_rate(rate)
-        batches = run.train_loader.next_step()
+        batches = _next_batches(run)
         result = engine.train_step(batches, progress.step)
         check_finite(engine, result, batches, progress.step)
         progress.step += 1
@@ -76,16 +85,16 @@ def train(run: Run) -> None:
             progress.step, result.loss, result.grad_norm, rate, progress.consumed_tokens, result.skipped
         )
         stopping = run.stop.agreed()
-        if _due(config.train.eval_interval, progress.step, last) and not stopping:
+        if _due(config.train.eval_interval, progress.step, config.train.steps) and not stopping:
             evaluate(run, "valid", run.valid)
         if stopping or _due(config.checkpoint.interval, progress.step, last):
-            save_checkpoint(engine, progress)
+            _save(run)
             saved = progress.step
         if stopping:
             logger.info("stopped by %s: the same command goes on from here", run.stop.received or "a signal")
             break
     if saved != progress.step:
-        save_checkpoint(engine, progress)
+        _save(run)
     if progress.step == config.train.steps and config.train.eval_interval is not None:
         evaluate(run, "test", run.test)
     run.train_loader.close()
@@ -93,6 +102,20 @@ def train(run: Run) -> None:
     logger.info(
         "done at step %d | peak memory %.2f GiB", progress.step, peak_memory_gib(engine.runtime.device)
     )
+
+
+def _next_batches(run: Run) -> list[Batch]:
+    try:
+        return run.train_loader.next_step()
+    except (DatasetError, OSError) as error:
+        raise RunFailed(f"{run.engine.mesh.describe()}: {error}", shared=False) from error
+
+
+def _save(run: Run) -> None:
+    try:
+        save_checkpoint(run.engine, run.progress)
+    except CheckpointError as error:
+        raise RunFailed(str(error)) from error
 
 
 def _due(interval: int | None, step: int, last: int) -> bool:
@@ -106,7 +129,11 @@ def evaluate(run: Run, name: str, dataset: SampleDataset | None) -> None:
         return
     begin, total, tokens = time.perf_counter(), 0.0, 0.0
     loader = run.make_loader(dataset, 0, 0)
-    for _ in range(min(run.config.train.eval_steps, loader.remaining_steps)):
+    steps = min(run.config.train.eval_steps, loader.remaining_steps)
+    if steps == 0:
+        logger.warning("no %s loss: the data are less than one global batch (%d samples)", name, len(dataset))
+        return
+    for _ in range(steps):
         loss, count = run.engine.eval_step(loader.next_step())
         total, tokens = total + loss * count, tokens + count
     loader.close()
@@ -117,8 +144,8 @@ def start(config: Config, launch: Launch) -> Run:
     """Joins the ranks and builds tokenizer, data, model and engine, cheap and fallible things first. Collective.
 
     Raises:
-        ValueError: tokenizer, data or checkpoint do not fit the configuration; on every rank where they all see
-            the same files, and before the model is built except for a checkpoint of another model.
+        ValueError: tokenizer, data, checkpoint or output folder do not fit the configuration; on every rank once
+            they have joined, and before the model is built except for a checkpoint of another model.
     """
     stop = StopSignals()
     device = choose_device(config.train.device, launch)
@@ -129,13 +156,20 @@ def start(config: Config, launch: Launch) -> Run:
         config = config.with_vocab_size(tokenizer.vocab_size)
     init_distributed(launch, device, config.parallel.timeout_minutes)
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
-    batch, steps = config.train.global_batch_size, config.train.steps
-    held_out = config.train.eval_steps * batch if config.train.eval_interval is not None else 0
     with agreed_failure():
-        train_set, valid, test = build_datasets(
-            config.data, config.model.seq_length, config.train.seed, steps * batch, held_out, held_out
-        )
+        metrics = Metrics(config, device, mesh.world_size, active=mesh.rank == 0)
     checkpoint = find_start(config)
+
+    def make_loader(dataset: SampleDataset, consumed: int, workers: int) -> DataLoader:
+        return _loader(config, mesh, tokenizer, dataset, consumed, workers)
+
+    with agreed_failure():
+        progress = read_progress(config, checkpoint)
+        train_set, valid, test = _datasets(config, progress)
+        for dataset, position in ((train_set, progress.consumed_samples), (valid, 0), (test, 0)):
+            loader = None if dataset is None else make_loader(dataset, position, 0)
+            if loader is not None and loader.remaining_steps:
+                loader.next_step()  # data of another tokenizer show themselves at once
     runtime = Runtime(
         mesh,
         build_ops(config.kernels),
@@ -145,29 +179,37 @@ def start(config: Config, launch: Launch) -> Run:
         config.train.recompute,
     )
     _log_start(config, launch, runtime, train_set, valid)
-    engine = build_engine(config, runtime)
-    progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports of memory
+        engine = build_engine(config, runtime)
     if checkpoint is not None:
+        with agreed_failure():
+            load_checkpoint(engine, checkpoint)
         logger.info("starting from %s at step %d", checkpoint, progress.step)
-
-    def make_loader(dataset: SampleDataset, consumed: int, workers: int) -> DataLoader:
-        return _loader(config, engine, tokenizer, dataset, consumed, workers)
-
-    loader = make_loader(train_set, progress.consumed_samples, config.data.num_workers)
-    metrics = Metrics(config, device, mesh.world_size, progress.step, active=mesh.rank == 0)
+    train_loader = make_loader(train_set, progress.consumed_samples, config.data.num_workers)
+    metrics.open(progress.step)
     dist.barrier()  # so that the first step's time is a step's
-    return Run(config, engine, loader, valid, test, make_loader, metrics, progress, stop)
+    return Run(config, engine, train_loader, valid, test, make_loader, metrics, progress, stop)
+
+
+def _datasets(
+    config: Config, progress: Progress
+) -> tuple[SampleDataset, SampleDataset | None, SampleDataset | None]:
+    """As many samples as the run takes to its last step, also where an earlier part had other batches."""
+    batch, train = config.train.global_batch_size, config.train
+    samples = progress.consumed_samples + max(0, train.steps - progress.step) * batch
+    held_out = train.eval_steps * batch if train.eval_interval is not None else 0
+    return build_datasets(config.data, config.model.seq_length, train.seed, samples, held_out, held_out)
 
 
 def _loader(
     config: Config,
-    engine: Engine,
+    mesh: Mesh,
     tokenizer: Tokenizer | None,
     dataset: SampleDataset,
     consumed: int,
     workers: int,
 ) -> DataLoader:
-    data, mesh = config.data, engine.mesh
+    data = config.data
     return DataLoader(
         dataset,
         config.train.micro_batch_size,

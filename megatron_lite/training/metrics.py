@@ -1,10 +1,13 @@
 """What a run reports: metrics.jsonl, a console line, TensorBoard and Weights & Biases."""
 
+import contextlib
+import importlib.util
 import json
 import logging
 import math
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +49,17 @@ class Metrics:
     """The first rank's reports; the other ranks have one that does nothing.
 
     Rows of `metrics.jsonl` carry step, loss, grad_norm, lr, tokens (seen by the run so far) and tokens_per_second;
-    evaluation rows carry valid_loss. A number that is not finite is written as null. Rows of steps that a resumed
-    run does again are dropped when it starts.
+    evaluation rows carry valid_loss. A number that is not finite is written as null.
 
     Args:
-        start: steps done before.
         active: this is the rank that reports.
+
+    Raises:
+        ValueError: the output folder cannot be written, or a package that the configuration asks for is missing.
     """
 
-    def __init__(
-        self, config: Config, device: torch.device, world_size: int, start: int, active: bool
-    ) -> None:
-        self.config, self.active, self.step = config, active, start
+    def __init__(self, config: Config, device: torch.device, world_size: int, active: bool) -> None:
+        self.config, self.active = config, active
         self.flops_per_token = config.model.flops_per_token()
         self.world_size, self.peak = world_size, peak_tflops(config, device)
         self.tokens_per_step = config.train.global_batch_size * config.model.seq_length
@@ -65,11 +67,30 @@ class Metrics:
         self._rates: list[float] = []
         self._writers: list[Any] = []
         if active:
-            self._open(start)
+            self._prepare()
 
-    def _open(self, start: int) -> None:
+    def _prepare(self) -> None:
+        """What can fail, before anything expensive is built."""
+        folder, settings = Path(self.config.train.output_dir), self.config.logging
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.jsonl").open("a").close()
+        except OSError as error:
+            raise ValueError(f"train.output_dir: cannot write in {folder}: {error.strerror}") from error
+        wanted = {
+            "tensorboard": settings.tensorboard,
+            "wandb_project": settings.wandb_project is not None,
+        }
+        for key, on in wanted.items():
+            package = key.removesuffix("_project")
+            if on and importlib.util.find_spec(package) is None:
+                raise ValueError(f"logging.{key} needs the {package} package: pip install {package}")
+
+    def open(self, start: int) -> None:
+        """Begins to report a run that has done `start` steps; rows of steps that it does again are dropped."""
+        if not self.active:
+            return
         folder = Path(self.config.train.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [row for row in _rows(path) if row["step"] <= start] if start else []
         temporary = path.with_suffix(".tmp")
@@ -156,12 +177,8 @@ class _tensorboard:
     """TensorBoard's event files."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                "logging.tensorboard needs the tensorboard package: pip install tensorboard"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -177,15 +194,14 @@ class _wandb:
     """Weights & Biases."""
 
     def __init__(self, config: Config) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("logging.wandb_project needs the wandb package: pip install wandb") from None
-        name = Path(config.train.output_dir).name
+        import wandb
+
+        folder = Path(config.train.output_dir).resolve()
         self._run = wandb.init(
             project=config.logging.wandb_project,
-            name=name,
-            id=name,
+            name=folder.name,
+            # The same when a run is resumed, another for a folder of the same name elsewhere.
+            id=f"{folder.name}-{zlib.crc32(str(folder).encode()):08x}",
             resume="allow",
             config=config.model_dump(),
         )
@@ -202,11 +218,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def _exp(loss: float) -> float:

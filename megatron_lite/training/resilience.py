@@ -4,21 +4,36 @@ import contextlib
 import logging
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_lite.data.loader import Batch
+from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.training.engine import Engine, StepResult
 
 logger = logging.getLogger(__name__)
 
 
-class NonFinite(RuntimeError):
+class RunFailed(RuntimeError):
+    """Training cannot go on, for a reason that the message tells.
+
+    Attributes:
+        shared: every rank raises it with the same message, so that one of them tells the user.
+    """
+
+    def __init__(self, message: str, shared: bool = True) -> None:
+        super().__init__(message)
+        self.shared = shared
+
+
+class NonFinite(RunFailed):
     """The loss or a gradient is not finite, and the configuration says to stop."""
 
 
@@ -63,54 +78,70 @@ def check_finite(engine: Engine, result: StepResult, batches: list[Batch], step:
         logger.warning("%s; the step was skipped", message)
 
 
+class _Find(NamedTuple):
+    """A number that is not finite. Ordered by where in the model it is, from input to output."""
+
+    stage: int
+    layer: int
+    rank: str
+    what: str
+
+
 def find_nonfinite(engine: Engine, batches: list[Batch], step: int) -> str:
     """Names the rank and layer where the first number that is not finite comes from. Collective.
 
-    Runs the step again with every layer watched; its update is left out again, for the same reason.
+    Runs the step again with every layer watched; its update is left out again, for the same reason. Where the
+    second run is finite its update stands.
     """
-    forward: list[str] = []
-    backward: list[str] = []
+    stage, rank = engine.mesh.pipeline_rank, engine.mesh.describe()
+    forward: list[_Find] = []
+    backward: list[_Find] = []
     for name, parameter in engine.named_parameters():
         if not torch.isfinite(parameter.detach()).all():
-            forward.append(f"parameter {name}")
+            forward.append(_Find(stage, -1, rank, f"the parameter {name}"))
             break
     with contextlib.ExitStack() as stack:
-        for name, layer in engine.named_layers():
-            stack.enter_context(_watched(layer, name, forward, backward))
-        engine.train_step(batches, step)
+        for number, (name, layer) in enumerate(engine.named_layers()):
+            stack.enter_context(_watched(layer, name, partial(_Find, stage, number, rank), forward, backward))
+        again = engine.train_step(batches, step)
     reports: list[Any] = [None] * dist.get_world_size()
-    stage = engine.mesh.pipeline_rank
-    mine = (stage, engine.mesh.describe(), forward[:1], backward[:1])
-    dist.all_gather_object(reports, mine)
+    dist.all_gather_object(reports, (forward[:1], backward[:1]))
+    outputs = [find for finds, _ in reports for find in finds]
+    gradients = [find for _, finds in reports for find in finds]
     # Forward numbers go bad downstream of their cause, gradients upstream of it.
-    bad = sorted((r for r in reports if r[2]), key=lambda r: r[0])
-    if bad:
-        return f"it first appears on {bad[0][1]} in {bad[0][2][0]}"
-    bad = sorted((r for r in reports if r[3]), key=lambda r: -r[0])
-    if bad:
-        return f"it first appears on {bad[0][1]} in the gradient of {bad[0][3][0]}"
-    last = max(reports, key=lambda r: r[0])
-    return f"every layer's output and gradient is finite: it comes from the loss on {last[1]}"
+    if outputs:
+        return f"it first appears on {min(outputs).rank} in {min(outputs).what}"
+    if gradients and not math.isfinite(again.loss):
+        return f"every layer's output is finite: it comes from the loss on {max(gradients).rank}"
+    if gradients:
+        return f"it first appears on {max(gradients).rank} in the gradient of {max(gradients).what}"
+    if math.isfinite(again.loss) and math.isfinite(again.grad_norm):
+        return "the same step run again is finite: suspect the hardware"
+    return "every layer's output and gradient is finite"
 
 
 @contextlib.contextmanager
-def _watched(layer: nn.Module, name: str, forward: list[str], backward: list[str]) -> Iterator[None]:
-    """Appends the layer's name where its output, or the gradient that reaches its output or leaves it, goes bad."""
+def _watched(
+    layer: nn.Module, name: str, find: Callable[[str], _Find], forward: list[_Find], backward: list[_Find]
+) -> Iterator[None]:
+    """Notes what goes bad: the layer's output, the gradient that reaches it, the gradients of its parameters."""
+
+    def note(tensor: Tensor, what: str, finds: list[_Find]) -> None:
+        if not torch.isfinite(tensor.detach()).all():
+            finds.append(find(what))
 
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        if not torch.isfinite(hidden.detach()).all():
-            forward.append(f"the output of {name}")
+        note(hidden, f"the output of {name}", forward)
         if hidden.requires_grad:
-            hidden.register_hook(lambda grad: _note(grad, f"the output of {name}", backward))
+            hidden.register_hook(partial(note, what=f"the output of {name}", finds=backward))
 
-    handle = layer.register_forward_hook(look)
+    handles: list[RemovableHandle] = [layer.register_forward_hook(look)]
+    for parameter in layer.parameters():
+        what = f"the parameter {spec_of(parameter).name}"
+        handles.append(parameter.register_hook(partial(note, what=what, finds=backward)))
     try:
         yield
     finally:
-        handle.remove()
-
-
-def _note(grad: Tensor, name: str, found: list[str]) -> None:
-    if not torch.isfinite(grad).all():
-        found.append(name)
+        for handle in handles:
+            handle.remove()

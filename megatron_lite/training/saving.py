@@ -40,11 +40,11 @@ def gather(value: object) -> list[Any]:
 
 @contextlib.contextmanager
 def agreed_failure() -> Iterator[None]:
-    """Turns a ValueError on any rank into one on every rank, so that none waits for one that gave up."""
+    """Turns a ValueError or OSError on any rank into a ValueError on every rank, so that none waits for another."""
     mine = None
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         mine = str(error)
     faults = [(rank, fault) for rank, fault in enumerate(gather(mine)) if fault is not None]
     if faults:
@@ -116,33 +116,43 @@ def _look(config: Config) -> Path | None:
     return None if settings.load is None else resolve(settings.load, checksums=True)
 
 
-def load_checkpoint(engine: Engine, path: Path) -> Progress:
-    """Loads a checkpoint of any layout and tells where training was; with `checkpoint.weights_only`, the start.
+def read_progress(config: Config, path: Path | None) -> Progress:
+    """Where the run that starts from this checkpoint is; None is a fresh start, and so is `weights_only`.
+
+    Raises:
+        CheckpointError: it holds no optimizer state, and `checkpoint.weights_only` is not set.
+    """
+    if path is None or _weights_only(config, path):
+        return Progress()
+    with Reader(path) as reader:
+        if "exp_avg" not in reader.kinds or "progress" not in reader.metadata:
+            raise CheckpointError(
+                f"{path} holds weights only, no optimizer state: set checkpoint.weights_only to true"
+            )
+        saved_seed = reader.metadata["config"]["train"]["seed"]
+        if saved_seed != config.train.seed and dist.get_rank() == 0:
+            logger.warning(
+                "train.seed was %d and is %d: the data order changes, documents may be repeated or left out",
+                saved_seed,
+                config.train.seed,
+            )
+        return Progress(**reader.metadata["progress"])
+
+
+def _weights_only(config: Config, path: Path) -> bool:
+    """`checkpoint.weights_only` is about what `checkpoint.load` names, not about the run's own checkpoints."""
+    return config.checkpoint.weights_only and path.parent.parent != Path(config.train.output_dir)
+
+
+def load_checkpoint(engine: Engine, path: Path) -> None:
+    """Takes weights, and what else `checkpoint.weights_only` leaves to take, from a checkpoint of any layout.
 
     Raises:
         CheckpointError: it is damaged, or of another model; the message lists the parameters that differ.
     """
-    config = engine.config
-    resuming = path.parent.parent == Path(config.train.output_dir)
-    weights_only = config.checkpoint.weights_only and not resuming
     with Reader(path) as reader:
         _check_model(engine, reader)
-        if not weights_only and "exp_avg" not in reader.kinds:
-            raise CheckpointError(
-                f"{path} holds weights only, no optimizer state: set checkpoint.weights_only to true"
-            )
-        engine.load(reader, weights_only)
-        if weights_only:
-            return Progress()
-        progress = Progress(**reader.metadata["progress"])
-        saved_seed = reader.metadata["config"]["train"]["seed"]
-    if saved_seed != config.train.seed and engine.mesh.rank == 0:
-        logger.warning(
-            "train.seed was %d and is %d: the data order changes, documents may be repeated or left out",
-            saved_seed,
-            config.train.seed,
-        )
-    return progress
+        engine.load(reader, _weights_only(engine.config, path))
 
 
 def _check_model(engine: Engine, reader: Reader) -> None:
