@@ -7,6 +7,7 @@ a test that starts torch's thread pool in the parent would make its children han
 import contextlib
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def _collect(readers: list[Any], deadline: float) -> list[Any]:
         for reader in ready:
             rank = readers.index(reader)
             try:
-                ok, value = reader.recv()
+                ok, value = pickle.loads(reader.recv_bytes())
             except EOFError:
                 raise RankFailed(f"rank {rank} died") from None
             if not ok:
@@ -95,12 +96,17 @@ def _child(
             world_size=world_size,
             timeout=timedelta(seconds=120),
         )
-        writer.send((True, function(*args)))
+        _send(writer, True, function(*args))
         dist.barrier()  # no rank leaves while a peer still talks to it
     except BaseException:
         with contextlib.suppress(OSError):
-            writer.send((False, traceback.format_exc()))
+            _send(writer, False, traceback.format_exc())
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _send(writer: Any, ok: bool, value: Any) -> None:
+    """Plain pickle: torch would hand tensors over by file descriptors that die with this process."""
+    writer.send_bytes(pickle.dumps((ok, value)))

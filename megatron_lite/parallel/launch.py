@@ -49,7 +49,8 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         launcher = "srun"
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         # "8(x2),4" means 8 tasks on the first two nodes; the largest is what the limits below are for.
-        local_size = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
+        nodes = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
+        local_size = max((tasks.partition("(")[0] for tasks in nodes), key=lambda tasks: (len(tasks), tasks))
         address = environ.get("MASTER_ADDR") or _first_slurm_node(environ)
     else:
         return Launch()

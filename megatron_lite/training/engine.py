@@ -247,7 +247,6 @@ class PlainEngine(Engine):
             data_parallel_group=self.mesh.data_group,
             config_dict_or_path=self.settings,
             mpu=self.mesh,
-            mem_efficient_linear=False,  # it would replace torch's linear for the whole process
         )
 
     def train_step(self, batches: list[Batch], step: int) -> StepResult:

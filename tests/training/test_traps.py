@@ -93,7 +93,7 @@ def initial_masters(case: Case) -> tuple[set[torch.dtype], dict[str, dict[int, n
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_partitioned_weights_start_as_all_others(precision: str) -> None:
-    """`zero.Init(dtype=torch.float32)` would make bf16 weights on a CPU, and zero.Init draws in the wrong dtype."""
+    """`zero.Init(dtype=torch.float32)` would make bf16 weights on a CPU."""
     case = Case(zero=1, precision=precision)
     ((_, expected),) = run_ranks(1, initial_masters, case)
     found: dict[str, dict[int, np.ndarray]] = {}
