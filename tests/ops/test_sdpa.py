@@ -52,7 +52,7 @@ def test_against_the_reference(dtype: torch.dtype, groups: int, s: int, t: int, 
     for ours, rough, fine in zip(found, low, exact, strict=True):
         assert ours.dtype == dtype and ours.shape == fine.shape
         # A kernel's error is at most twice that of plain torch in the same precision, and a rounding of the result.
-        rounding = torch.finfo(dtype).eps * fine.abs().max()
+        rounding = torch.finfo(dtype).eps * fine.abs().max() + 1e-6
         allowed = 2 * (rough.float() - fine).abs().max() + rounding
         assert (ours.float() - fine).abs().max() <= allowed
 
