@@ -39,7 +39,11 @@ def test_preprocess_then_inspect(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["epoch", "megatron"])
 def test_inspect_dumps_the_training_samples(tmp_path: Path, order: str) -> None:
     (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "document {n}"}}\n' for n in range(40)))
-    run("preprocess_data.py", *["--input", "x.jsonl", "--output-prefix", "x", "--tokenizer", "byte"], cwd=tmp_path)
+    run(
+        "preprocess_data.py",
+        *["--input", "x.jsonl", "--output-prefix", "x", "--tokenizer", "byte"],
+        cwd=tmp_path,
+    )
     arguments = f"x_text_document --seq-length 8 --split 8,2 --seed 7 --num-samples 90 --order {order}"
     done = run("inspect_data.py", *arguments.split(), "--dump", "out.npz", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -69,7 +73,11 @@ def test_bad_input_is_one_message_exit_2_and_no_output(tmp_path: Path) -> None:
 
 def test_damaged_data_is_one_message_and_exit_2(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text " * 100)
-    run("preprocess_data.py", *["--input", "x.txt", "--output-prefix", "x", "--tokenizer", "byte"], cwd=tmp_path)
+    run(
+        "preprocess_data.py",
+        *["--input", "x.txt", "--output-prefix", "x", "--tokenizer", "byte"],
+        cwd=tmp_path,
+    )
     path = tmp_path / "x_text_document.bin"
     path.write_bytes(path.read_bytes()[:-3])
     done = run("inspect_data.py", "x_text_document", cwd=tmp_path)
