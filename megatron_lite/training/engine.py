@@ -41,6 +41,9 @@ warnings.filterwarnings("ignore", "c10d::broadcast_", UserWarning)
 # DeepSpeed would compile a shared-memory all-reduce for CPUs at start (over a minute; a stale lock hangs for ever).
 # Only its inference uses it.
 importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+# Its Muon optimizer, which ZeRO imports but we do not use, would load torch's compiler: a second of each rank's start.
+_compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+_compiler.compile = lambda: _compiler.dummy_decorator
 
 
 @dataclass(frozen=True)

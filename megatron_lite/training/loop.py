@@ -231,14 +231,16 @@ def _log_start(
 ) -> None:
     """What the user should check before hours pass."""
     mesh, model = runtime.mesh, config.model
-    gpus = "" if runtime.device.type == "cuda" else " (no GPU: CPU and gloo)"
+    why = {"cuda": "", "cpu": " (gloo)"}[runtime.device.type]
+    if why and config.train.device == "auto":
+        why = " (no GPU for each rank: CPU and gloo)"
     logger.info(
         "%d rank%s under %s on %s%s: tensor %d x pipeline %d x data %d, ZeRO-%d%s",
         mesh.world_size,
         "s" * (mesh.world_size > 1),
         launch.launcher,
         runtime.device.type,
-        gpus,
+        why,
         mesh.tensor_size,
         mesh.pipeline_size,
         mesh.data_size,
