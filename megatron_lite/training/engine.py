@@ -185,17 +185,18 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the pieces, as JSON."""
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        numbers = {k: v for k, v in self._loss_scaler().items() if isinstance(v, int | float)}
         return {
             "optimizer_steps": optimizer_state.steps_taken(self.optimizer),
-            "loss_scaler": {
-                key: value
-                for key, value in vars(scaler).items()
-                if isinstance(value, int | float | bool) and self.config.train.precision == "fp16"
-            }
-            if scaler is not None
-            else {},
+            "loss_scaler": numbers if self.config.train.precision == "fp16" else {},
         }
+
+    def _loss_scaler(self) -> dict[str, Any]:
+        """The attributes of DeepSpeed's dynamic loss scale, under the name each of its optimizers has for it."""
+        for name in ("loss_scaler", "loss_scale_config"):
+            if hasattr(self.deepspeed.optimizer, name):
+                return vars(getattr(self.deepspeed.optimizer, name))
+        return {}
 
     def load(self, reader: Reader, weights_only: bool = False) -> None:
         """Takes weights (and masters, moments, loss scale) from a checkpoint written by any layout."""
@@ -206,9 +207,8 @@ class Engine:
         owned = list(self._all_fragments())
         steps = None if weights_only else int(state.get("optimizer_steps", 0))
         optimizer_state.load_pieces(owned, self.optimizer, reader, steps)
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        if scaler is not None and not weights_only:
-            vars(scaler).update(state.get("loss_scaler", {}))
+        if not weights_only:
+            self._loss_scaler().update(state.get("loss_scaler", {}))
 
     def _all_fragments(self) -> list[optimizer_state.Fragment]:
         return optimizer_state.fragments(
