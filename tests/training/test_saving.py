@@ -1,0 +1,151 @@
+"""Where a run starts from, and that no rank waits for one that found a fault."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_lite.checkpoint import CheckpointError, resolve
+from megatron_lite.training import saving
+from megatron_lite.training.saving import (
+    Progress,
+    agreed_failure,
+    find_start,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+)
+from tests.distributed import run_ranks
+from tests.training_case import Case, import_what_ranks_import, make_engine, train
+
+
+def make(folder: Path | str, **settings: Any) -> Case:
+    return Case(
+        settings={"train.output_dir": str(folder)} | {k.replace("__", "."): v for k, v in settings.items()}
+    )
+
+
+def save_two(case: Case) -> None:
+    """Steps 1 and 2 of a run, each saved."""
+    engine = make_engine(case.config())
+    for step in (1, 2):
+        train(engine, range(step - 1, step))
+        save_checkpoint(engine, Progress(step, step * 8, step * 128))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import_what_ranks_import()
+    folder = tmp_path_factory.mktemp("run")
+    run_ranks(1, save_two, make(folder))
+    return folder
+
+
+def start(case: Case) -> tuple[str | None, Progress]:
+    path = find_start(case.config())
+    return None if path is None else str(path), read_progress(case.config(), path)
+
+
+def started(case: Case) -> tuple[str | None, Progress]:
+    (result,) = run_ranks(1, start, case)
+    return result
+
+
+def failing(case: Case) -> str:
+    with pytest.raises(ValueError) as error:
+        start(case)
+    return str(error.value)
+
+
+def test_newest_of_the_output_folder(run: Path) -> None:
+    assert started(make(run)) == (f"{run}/checkpoints/step_00000002", Progress(2, 16, 256))
+    assert started(make(run, checkpoint__resume="required"))[1].step == 2
+    assert started(make(run, checkpoint__load="/nowhere"))[1].step == 2, "its own checkpoints count more"
+
+
+def test_nothing_there_is_a_fresh_start(run: Path, tmp_path: Path) -> None:
+    assert started(make(tmp_path)) == (None, Progress())
+    assert started(make(run, checkpoint__resume="never")) == (None, Progress())
+
+
+def test_required_but_nothing_there(tmp_path: Path) -> None:
+    (message,) = run_ranks(1, failing, make(tmp_path, checkpoint__resume="required"))
+    assert message.startswith(f"checkpoint.resume is required, but {tmp_path} holds no checkpoint; set ")
+
+
+def test_load_another_run(run: Path, tmp_path: Path) -> None:
+    step = f"{run}/checkpoints/step_00000001"
+    assert started(make(tmp_path, checkpoint__load=step)) == (step, Progress(1, 8, 128))
+    assert started(make(tmp_path, checkpoint__load=str(run)))[1].step == 2
+
+
+def test_weights_only_is_a_fresh_start_but_not_of_the_run_itself(run: Path, tmp_path: Path) -> None:
+    load = {"checkpoint__load": str(run), "checkpoint__weights_only": True}
+    path, progress = started(make(tmp_path, **load))
+    assert path is not None and progress == Progress()
+    assert started(make(run, **load))[1].step == 2
+
+
+def test_every_rank_hears_of_what_one_finds(tmp_path: Path) -> None:
+    messages = run_ranks(3, one_finds, ValueError("no tokens"))
+    assert messages == ["rank 1: no tokens"] * 3
+    messages = run_ranks(2, one_finds, PermissionError(13, "Permission denied", "/data"))
+    assert messages == ["rank 1: [Errno 13] Permission denied: '/data'"] * 2
+    assert run_ranks(2, all_find) == ["the same"] * 2
+
+
+def one_finds(fault: Exception) -> str:
+    with pytest.raises(ValueError) as error, agreed_failure():
+        if dist.get_rank() == 1:
+            raise fault
+    return str(error.value)
+
+
+def all_find() -> str:
+    with pytest.raises(ValueError) as error, agreed_failure():
+        raise ValueError("the same")
+    return str(error.value)
+
+
+def load_other(case: Case, path: str) -> str:
+    engine = make_engine(case.config())
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(engine, Path(path))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "fault"),
+    [
+        ({"num_layers": 6}, r"blocks\.4\.[a-z_.]+ is missing"),
+        ({"hidden_size": 64}, r"[a-z0-9_.]+ is \(32,\), the model's is \(64,\)"),
+        ({"num_layers": 2}, r"blocks\.2\.[a-z_.]+ is not in the model"),
+    ],
+    ids=["deeper", "wider", "shallower"],
+)
+def test_another_model_is_told_by_parameter(model: dict[str, Any], fault: str, run: Path) -> None:
+    path = str(resolve(run))
+    (message,) = run_ranks(1, load_other, Case(model=model), path)
+    assert re.match(re.escape(path) + " is of another model: " + fault, message)
+    assert re.search(r"; and \d+ more\. Compare the model section$", message)
+    assert message.count(";") == 5, "not all of a hundred parameters"
+
+
+def warned(case: Case) -> list[str]:
+    messages: list[str] = []
+
+    def note(message: str, *args: Any) -> None:
+        messages.append(message % args)
+
+    saving.logger.warning = note  # type: ignore[method-assign, assignment]
+    start(case)
+    return messages
+
+
+def test_another_seed_is_a_warning(run: Path) -> None:
+    assert run_ranks(1, warned, make(run)) == [[]]
+    first, second = run_ranks(2, warned, make(run, train__seed=5))
+    assert len(first) == 1 and first[0].startswith("train.seed was 1234 and is 5: the data order changes")
+    assert second == []
