@@ -44,6 +44,8 @@ def main() -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the one trained in")
     options = parser.parse_args()
     try:
+        if options.steps is not None and options.steps < 1:
+            raise ValueError(f"--steps {options.steps}: at least 1")
         print(evaluate(options))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

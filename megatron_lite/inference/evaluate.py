@@ -15,6 +15,9 @@ def mean_loss(model: GPT, loader: DataLoader, steps: int) -> tuple[float, int]:
 
     Returns:
         The mean, and the number of tokens it is over.
+
+    Raises:
+        ValueError: there is no such token, as in data of less than one global batch.
     """
     runtime, vocab_size = model.runtime, model.config.vocab_size
     assert vocab_size is not None
@@ -33,4 +36,8 @@ def mean_loss(model: GPT, loader: DataLoader, steps: int) -> tuple[float, int]:
             losses = vocab_parallel_cross_entropy(logits, labels, runtime.mesh, vocab_size)
             total += float((losses * mask).sum(dtype=torch.float64))
             count += float(mask.sum(dtype=torch.float64))
-    return total / max(count, 1.0), int(count)
+    if count == 0:
+        raise ValueError(
+            f"nothing to evaluate: the data hold {len(loader.dataset):,} samples, no whole batch"
+        )
+    return total / count, int(count)

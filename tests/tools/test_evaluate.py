@@ -1,0 +1,115 @@
+"""tools/evaluate.py: the figure that the training run reported, from its checkpoint alone."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import ROOT, rows, run_command, words, write_bytes
+from tests.distributed import run_ranks
+from tests.training_case import import_what_ranks_import
+
+SETTINGS = (
+    "train.steps=4",
+    "train.eval_interval=2",
+    "train.eval_steps=3",
+    "checkpoint.interval=2",
+    "data.split=70,20,10",
+)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_bytes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two stages and tensor ranks, with evaluations and checkpoints at steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("run")
+    layout = ("parallel.tensor=2", "parallel.pipeline=2")
+    results = run_command(words(prefix, folder, *SETTINGS, *layout), ranks=4)
+    assert [result.status for result in results] == [0] * 4, results
+    return folder
+
+
+def evaluate(*arguments: str) -> tuple[int, str, str]:
+    import_what_ranks_import()
+    (result,) = run_ranks(1, _evaluate, arguments)
+    return result
+
+
+def _evaluate(arguments: tuple[str, ...]) -> tuple[int, str, str]:
+    import contextlib
+    import io
+
+    from tools.evaluate import main
+
+    sys.argv = ["evaluate.py", "--device", "cpu", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main()
+    return status, out.getvalue(), err.getvalue()
+
+
+def loss_of(*arguments: str) -> float:
+    status, out, err = evaluate(*arguments)
+    assert (status, err) == (0, "")
+    found = re.search(r"loss (\d+\.\d{6}) \| perplexity [\d.]+ \| ([\d,]+) tokens$", out.strip())
+    assert found is not None, out
+    return float(found[1])
+
+
+def test_it_is_what_the_run_reported(run: Path) -> None:
+    reported = {row["step"]: row["valid_loss"] for row in rows(run) if "valid_loss" in row}
+    (test,) = (row["test_loss"] for row in rows(run) if "test_loss" in row)
+    assert loss_of("--load", str(run)) == pytest.approx(reported[4], abs=2e-6)
+    assert loss_of("--load", f"{run}/checkpoints/step_00000002") == pytest.approx(reported[2], abs=2e-6)
+    assert loss_of("--load", str(run), "--split", "test") == pytest.approx(test, abs=2e-6)
+    assert abs(reported[4] - reported[2]) > 1e-3 and abs(reported[4] - test) > 1e-3, "they can be told apart"
+
+
+def test_batches_and_tokens(run: Path, prefix: str) -> None:
+    _, out, _ = evaluate("--load", str(run))
+    assert f"{3 * 8 * 32:,} tokens" in out
+    _, out, _ = evaluate("--load", str(run), "--steps", "1")
+    assert f"{8 * 32:,} tokens" in out
+    own = loss_of("--load", str(run), "--data", prefix)
+    assert own != loss_of("--load", str(run))
+
+
+def test_bf16_is_close_but_not_the_same(run: Path) -> None:
+    exact, rounded = loss_of("--load", str(run)), loss_of("--load", str(run), "--dtype", "bf16")
+    assert rounded == pytest.approx(exact, abs=0.02) and rounded != exact
+
+
+def test_bad_input_is_one_message(run: Path, tmp_path: Path) -> None:
+    for arguments, message in {
+        ("--load", str(tmp_path)): "no checkpoint there",
+        ("--load", str(run), "--data", f"{tmp_path}/none"): f"{tmp_path}/none",
+        ("--load", str(run), "--steps", "0"): "--steps",
+        ("--load", str(run), "--steps", "-1"): "--steps",
+    }.items():
+        status, out, err = evaluate(*arguments)
+        assert status == 2 and out == "", arguments
+        assert err.startswith("error: ") and message in err and "Traceback" not in err
+
+
+def test_a_run_without_test_data(prefix: str, tmp_path: Path) -> None:
+    run_command(words(prefix, tmp_path, "train.steps=1", "data.split=70,30,0"))
+    status, _, err = evaluate("--load", str(tmp_path), "--split", "test")
+    assert status == 2
+    assert "the run has no test data: data.split is 70,30,0; give --data PREFIX" in err
+
+
+def test_as_a_command(run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/evaluate.py", "--load", str(run), "--device", "cpu"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{run}/checkpoints/step_00000004: step 4 | valid loss " in done.stdout
