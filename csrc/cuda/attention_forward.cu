@@ -1,19 +1,22 @@
 // Fused attention, forward: FlashAttention-2 (Dao 2023, arXiv:2307.08691) on mma.sync.
 //
-// This code has never run on a GPU: its logic is proven by the emulator (csrc/emulator) and it compiles without spills.
+// This code has never run on a GPU: its logic is proven by the emulator (csrc/emulator) and it compiles
+// without spills.
 //
-// A block owns `Rows` queries of one head, kept in shared memory, and walks over the keys in tiles of `Columns`. Each
-// warp owns 16 MT queries: their scores, their running maximum and sum, and their output stay in its registers, so that
-// warps never exchange anything. While one tile of keys and values is worked on, the next is on its way.
+// A block owns `Rows` queries of one head, kept in shared memory, and walks over the keys in tiles of
+// `Columns`. Each warp owns 16 MT queries: their scores, their running maximum and sum, and their output stay
+// in its registers, so that warps never exchange anything. While one tile of keys and values is worked on,
+// the next is on its way.
 #include "attention_launch.cuh"
 
 namespace mlite {
 
-// One step of the online softmax: s becomes exp(scale s - maximum); out, maximum and sum follow. Statistics are those of
-// rows 16 m + g and 16 m + g + 8 of the lane; `sum` is this lane's share of the row.
+// One step of the online softmax: s becomes exp(scale s - maximum); out, maximum and sum follow. Statistics
+// are those of rows 16 m + g and 16 m + g + 8 of the lane; `sum` is this lane's share of the row.
 template <int MT, int NT, int DT>
-__device__ __forceinline__ void online_softmax(float (&s)[MT][NT][4], float (&out)[MT][DT][4], float (&maximum)[MT][2],
-                                               float (&sum)[MT][2], float scale_log2) {
+__device__ __forceinline__ void online_softmax(float (&s)[MT][NT][4], float (&out)[MT][DT][4],
+                                               float (&maximum)[MT][2], float (&sum)[MT][2],
+                                               float scale_log2) {
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
@@ -48,8 +51,9 @@ __device__ __forceinline__ void online_softmax(float (&s)[MT][NT][4], float (&ou
 
 // Divides by the sums and writes the log-sum-exps [queries] of one head.
 template <int MT, int DT>
-__device__ __forceinline__ void finish_rows(float (&out)[MT][DT][4], const float (&maximum)[MT][2], float (&sum)[MT][2],
-                                            float* lse, int row, int queries, float scale) {
+__device__ __forceinline__ void finish_rows(float (&out)[MT][DT][4], const float (&maximum)[MT][2],
+                                            float (&sum)[MT][2], float* lse, int row, int queries,
+                                            float scale) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
@@ -84,7 +88,8 @@ struct KeyTiles {
   int batch, query, end;
   SegmentRange own;
 
-  __device__ __forceinline__ KeyTiles(const Attention& p, int batch, int query) : p(p), batch(batch), query(query) {
+  __device__ __forceinline__ KeyTiles(const Attention& p, int batch, int query)
+      : p(p), batch(batch), query(query) {
     end = p.causal ? min(p.keys, query + Rows + p.shift()) : p.keys;
     if (p.segments_q != nullptr) {
       const int32_t* ids = p.segments_q + static_cast<int64_t>(batch) * p.queries;
@@ -109,14 +114,16 @@ struct KeyTiles {
 };
 
 template <class E, int D, int Rows, int Columns, int Warps>
-__global__ void __launch_bounds__(Warps * kWarp, 1)
+__global__ void __launch_bounds__(32 * Warps, 1)
     attention_forward_kernel(Attention p, Tensor q, Tensor k, Tensor v, Tensor o, float* lse) {
   constexpr int MT = Rows / (16 * Warps), NT = Columns / 8, DT = D / 8, threads = Warps * kWarp;
   MLITE_DYNAMIC_SHARED(shared);
-  uint16_t *tile_q = reinterpret_cast<uint16_t*>(shared), *tile_k = tile_q + Rows * D, *tile_v = tile_k + 2 * Columns * D;
+  uint16_t *tile_q = reinterpret_cast<uint16_t*>(shared), *tile_k = tile_q + Rows * D,
+           *tile_v = tile_k + 2 * Columns * D;
 
   const int batch = blockIdx.z, head = blockIdx.y, group = head / (p.heads / p.groups);
-  const int query = (gridDim.x - 1 - blockIdx.x) * Rows;  // under a causal mask the last have most to do: they start first
+  const int query =
+      (gridDim.x - 1 - blockIdx.x) * Rows;  // under a causal mask the last have most to do: they start first
   const int row = threadIdx.x / kWarp * 16 * MT;
   const KeyTiles<Rows, Columns> tiles(p, batch, query);
   const auto load = [&](int key, int stage) {
@@ -155,17 +162,19 @@ __global__ void __launch_bounds__(Warps * kWarp, 1)
 }
 
 template <class E, int D, int Rows, int Columns, int Warps>
-int launch_forward(const Attention& p, int batch, Tensor q, Tensor k, Tensor v, Tensor o, float* lse, void* stream) {
+int launch_forward(const Attention& p, int batch, Tensor q, Tensor k, Tensor v, Tensor o, float* lse,
+                   void* stream) {
   const dim3 grid((p.queries + Rows - 1) / Rows, p.heads, batch);
   return launch(attention_forward_kernel<E, D, Rows, Columns, Warps>, grid, Warps * kWarp,
                 (Rows + 4 * Columns) * D * sizeof(uint16_t), stream, p, q, k, v, o, lse);
 }
 
-// Tiles by head size: 32 queries a warp up to 128 (fewest reads of shared memory for each product), 16 above, where the
-// output alone takes half of the registers; keys as the registers allow. At 128, 64 KiB of shared memory: an A100
-// holds two blocks on a multiprocessor, as an H100 does.
+// Tiles by head size: 32 queries a warp up to 128 (fewest reads of shared memory for each product), 16 above,
+// where the output alone takes half of the registers; keys as the registers allow. At 128, 64 KiB of shared
+// memory: an A100 holds two blocks on a multiprocessor, as an H100 does.
 template <class E>
-int forward_by_size(const Attention& p, int batch, Tensor q, Tensor k, Tensor v, Tensor o, float* lse, void* stream) {
+int forward_by_size(const Attention& p, int batch, Tensor q, Tensor k, Tensor v, Tensor o, float* lse,
+                    void* stream) {
   if (p.head_dim <= 16) return launch_forward<E, 16, 128, 64, 4>(p, batch, q, k, v, o, lse, stream);
   if (p.head_dim <= 32) return launch_forward<E, 32, 128, 64, 4>(p, batch, q, k, v, o, lse, stream);
   if (p.head_dim <= 64) return launch_forward<E, 64, 128, 64, 4>(p, batch, q, k, v, o, lse, stream);
@@ -177,14 +186,16 @@ int forward_by_size(const Attention& p, int batch, Tensor q, Tensor k, Tensor v,
 
 }  // namespace mlite
 
-int mlite_cuda_attention_forward(int dtype, int64_t batch, int64_t heads, int64_t groups, int64_t queries, int64_t keys,
-                                 int64_t head_dim, float scale, int causal, const void* q, const int64_t* q_strides,
-                                 const void* k, const int64_t* k_strides, const void* v, const int64_t* v_strides,
-                                 const int32_t* segments_q, const int32_t* segments_k, void* o, const int64_t* o_strides,
-                                 float* lse, void* stream) {
+int mlite_cuda_attention_forward(int dtype, int64_t batch, int64_t heads, int64_t groups, int64_t queries,
+                                 int64_t keys, int64_t head_dim, float scale, bool causal, const void* q,
+                                 const int64_t* q_strides, const void* k, const int64_t* k_strides,
+                                 const void* v, const int64_t* v_strides, const int32_t* segments_q,
+                                 const int32_t* segments_k, void* o, const int64_t* o_strides, float* lse,
+                                 void* stream) {
   using namespace mlite;
   const Sizes sizes = {batch, heads, groups, queries, keys, head_dim};
-  const Tensor tq = tensor(q, q_strides), tk = tensor(k, k_strides), tv = tensor(v, v_strides), to = tensor(o, o_strides);
+  const Tensor tq = tensor(q, q_strides), tk = tensor(k, k_strides), tv = tensor(v, v_strides),
+               to = tensor(o, o_strides);
   if (const int error = check(dtype, sizes, scale, segments_q, segments_k, {tq, tk, tv, to})) return error;
   if (batch == 0 || heads == 0 || queries == 0) return 0;
   const Attention p = attention(sizes, scale, causal, segments_q, segments_k);

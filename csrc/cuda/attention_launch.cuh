@@ -25,20 +25,23 @@ inline int check(int dtype, const Sizes& s, float scale, const void* segments_q,
   constexpr int64_t most = INT32_MAX - 256;  // room for a tile beyond the end
   if (dtype == MLITE_F32) return kNotSupported;
   if (dtype != MLITE_BF16 && dtype != MLITE_F16) return kInvalidValue;
-  if (s.batch < 0 || s.heads < 0 || s.queries < 0 || s.keys < 0 || s.queries > most || s.keys > most) return kInvalidValue;
+  if (s.batch < 0 || s.heads < 0 || s.queries < 0 || s.keys < 0 || s.queries > most || s.keys > most)
+    return kInvalidValue;
   if (s.groups < 1 || s.heads % s.groups != 0 || s.heads > 65535 || s.batch > 65535) return kInvalidValue;
   if (s.head_dim < 8 || s.head_dim > 256 || s.head_dim % 8 != 0 || !(scale > 0)) return kInvalidValue;
   if ((segments_q == nullptr) != (segments_k == nullptr)) return kInvalidValue;
   for (const Tensor& t : tensors) {
     const auto address = reinterpret_cast<uintptr_t>(t.data);
-    if (address % 16 != 0 || t.batch % 8 != 0 || t.head % 8 != 0 || t.sequence % 8 != 0) return kMisalignedAddress;
+    if (address % 16 != 0 || t.batch % 8 != 0 || t.head % 8 != 0 || t.sequence % 8 != 0)
+      return kMisalignedAddress;
   }
   return 0;
 }
 
-inline Attention attention(const Sizes& s, float scale, int causal, const int32_t* segments_q, const int32_t* segments_k) {
-  return {int(s.heads), int(s.groups), int(s.queries), int(s.keys), int(s.head_dim), causal != 0, scale,
-          segments_q,   segments_k};
+inline Attention attention(const Sizes& s, float scale, bool causal, const int32_t* segments_q,
+                           const int32_t* segments_k) {
+  return {int(s.heads), int(s.groups), int(s.queries), int(s.keys), int(s.head_dim),
+          causal,       scale,         segments_q,     segments_k};
 }
 
 }  // namespace mlite

@@ -33,25 +33,29 @@ struct Attention {
   __device__ __forceinline__ int shift() const { return keys - queries; }
 };
 
-// A tile of rows of D 16-bit values. The 16-byte chunks of a row are permuted by the row's number, so that the eight
-// rows of one matrix of ldmatrix, and the rows that cp.async fills, lie in different banks.
+// A tile of rows of D 16-bit values. The 16-byte chunks of a row are permuted by the row's number, so that
+// the eight rows of one matrix of ldmatrix, and the rows that cp.async fills, lie in different banks.
 template <int D>
 struct Tile {
   static constexpr int chunks = D / 8;
-  static constexpr int permuted = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2;  // neighbouring chunks change places
+  static constexpr int permuted = chunks % 8 == 0   ? 8
+                                  : chunks % 4 == 0 ? 4
+                                                    : 2;  // neighbouring chunks change places
 
   static __device__ __forceinline__ int at(int row, int chunk) { return at(0, 0, row, chunk); }
 
-  // Offset of chunk (row + lane_row, chunk + lane_chunk) for row a multiple of 8, chunk even, lane_chunk 0 or 1 (or row and
-  // chunk both 0). With row and chunk known to the compiler, few of the offsets a lane needs differ by more than a
-  // constant, and the registers are left to the products.
+  // Offset of chunk (row + lane_row, chunk + lane_chunk) for row a multiple of 8, chunk even, lane_chunk 0 or
+  // 1 (or row and chunk both 0). With row and chunk known to the compiler, few of the offsets a lane needs
+  // differ by more than a constant, and the registers are left to the products.
   static __device__ __forceinline__ int at(int row, int chunk, int lane_row, int lane_chunk) {
     const int swizzle = lane_row * permuted / 8 % permuted;
-    return (row + lane_row) * D + (chunk / permuted * permuted + ((chunk % permuted) ^ lane_chunk ^ swizzle)) * 8;
+    return (row + lane_row) * D +
+           (chunk / permuted * permuted + ((chunk % permuted) ^ lane_chunk ^ swizzle)) * 8;
   }
 };
 
-// Starts the copy of rows [first, first + Rows) of a matrix; rows from `rows` on and columns from `head_dim` on are zero.
+// Starts the copy of rows [first, first + Rows) of a matrix; rows from `rows` on and columns from `head_dim`
+// on are zero.
 template <int Rows, int D, int Threads>
 __device__ __forceinline__ void load_tile(uint16_t* tile, Matrix matrix, int first, int rows, int head_dim) {
   constexpr int chunks = Tile<D>::chunks, threads = Threads / chunks * chunks, step = threads / chunks;
@@ -69,7 +73,8 @@ __device__ __forceinline__ void load_tile(uint16_t* tile, Matrix matrix, int fir
 
 // c[i][j] += A B^T: c is [16 MT, 8 NT] of this warp, A its rows from `row` on, B all rows of the other tile.
 template <class E, int D, int MT, int NT>
-__device__ __forceinline__ void multiply_transposed(float (&c)[MT][NT][4], const uint16_t* a, int row, const uint16_t* b) {
+__device__ __forceinline__ void multiply_transposed(float (&c)[MT][NT][4], const uint16_t* a, int row,
+                                                    const uint16_t* b) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
@@ -91,10 +96,11 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[MT][NT][4], const
   }
 }
 
-// c += S B: S [16 MT, 8 KT] are scores in registers (fragments of C, rounded to E here), B rows of a tile, of which
-// the columns from 8 * `chunk` on, 8 NT in number, are used.
+// c += S B: S [16 MT, 8 KT] are scores in registers (fragments of C, rounded to E here), B rows of a tile, of
+// which the columns from 8 * `chunk` on, 8 NT in number, are used.
 template <class E, int D, int MT, int KT, int NT>
-__device__ __forceinline__ void multiply(float (&c)[MT][NT][4], const float (&s)[MT][KT][4], const uint16_t* b, int chunk) {
+__device__ __forceinline__ void multiply(float (&c)[MT][NT][4], const float (&s)[MT][KT][4],
+                                         const uint16_t* b, int chunk) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int k = 0; k < KT; k += 2) {
@@ -119,13 +125,12 @@ __device__ __forceinline__ void multiply(float (&c)[MT][NT][4], const float (&s)
   }
 }
 
-// Writes c [16 MT, 8 NT] of this warp to rows `first` + `row` ... of a matrix, by way of the warp's own rows of a tile
-// that nobody reads any more, so that the writes are 16 bytes wide.
+// Writes c [16 MT, 8 NT] of this warp to rows `first` + `row` ... of a matrix, by way of the warp's own rows
+// of a tile that nobody reads any more, so that the writes are 16 bytes wide.
 template <class E, int D, int MT, int NT>
-__device__ __forceinline__ void store_rows(const float (&c)[MT][NT][4], uint16_t* tile, int row, Matrix matrix, int first,
-                                           int rows, int chunk, int head_dim) {
+__device__ __forceinline__ void store_rows(const float (&c)[MT][NT][4], uint16_t* tile, int row,
+                                           Matrix matrix, int first, int rows, int chunk, int head_dim) {
   const int lane = threadIdx.x % kWarp;
-  __syncwarp();
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
@@ -142,16 +147,19 @@ __device__ __forceinline__ void store_rows(const float (&c)[MT][NT][4], uint16_t
     const int r = row + i / NT, column = chunk + i % NT;
     if (first + r < rows && column * 8 < head_dim) {
       *reinterpret_cast<uint4*>(matrix.data + (first + r) * matrix.stride + column * 8) =
-        *reinterpret_cast<const uint4*>(tile + Tile<D>::at(r, column));
+          *reinterpret_cast<const uint4*>(tile + Tile<D>::at(r, column));
     }
   }
 }
 
-// Smallest and largest segment id among some tokens: two tiles whose ranges do not meet have nothing in common.
+// Smallest and largest segment id among some tokens: two tiles whose ranges do not meet have nothing in
+// common.
 struct SegmentRange {
   int low, high;
 
-  __device__ __forceinline__ bool meets(SegmentRange other) const { return low <= other.high && other.low <= high; }
+  __device__ __forceinline__ bool meets(SegmentRange other) const {
+    return low <= other.high && other.low <= high;
+  }
   __device__ __forceinline__ bool same(SegmentRange other) const {
     return low == high && low == other.low && high == other.high;
   }
@@ -185,19 +193,20 @@ __device__ __forceinline__ void for_each_score(Visit visit) {
   }
 }
 
-// Scores of invisible pairs become -infinity. `row` and `column` are the first of this warp's scores; rows are queries
-// and columns keys, or with KeyRows the other way round.
+// Scores of invisible pairs become -infinity. `row` and `column` are the first of this warp's scores; rows
+// are queries and columns keys, or with KeyRows the other way round.
 template <bool KeyRows, int MT, int NT>
-__device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Attention& p, int batch, int row, int column) {
+__device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Attention& p, int batch, int row,
+                                            int column) {
   for_each_score<MT, NT>([&](int m, int n, int e, int r, int c) {
-      const int query = KeyRows ? column + c : row + r, key = KeyRows ? row + r : column + c;
-      bool visible = query < p.queries && key < p.keys;
-      if (p.causal) visible = visible && key <= query + p.shift();
-      if (p.segments_q != nullptr && visible) {
-          visible = p.segments_q[static_cast<int64_t>(batch) * p.queries + query] ==
-                    p.segments_k[static_cast<int64_t>(batch) * p.keys + key];
-      }
-      if (!visible) s[m][n][e] = -INFINITY;
+    const int query = KeyRows ? column + c : row + r, key = KeyRows ? row + r : column + c;
+    bool visible = query < p.queries && key < p.keys;
+    if (p.causal) visible = visible && key <= query + p.shift();
+    if (p.segments_q != nullptr && visible) {
+      visible = p.segments_q[static_cast<int64_t>(batch) * p.queries + query] ==
+                p.segments_k[static_cast<int64_t>(batch) * p.keys + key];
+    }
+    if (!visible) s[m][n][e] = -INFINITY;
   });
 }
 

@@ -1,9 +1,9 @@
 // Tensor-core and asynchronous-copy instructions of cuda/mma.cuh on the emulator. Tests only.
 //
-// mma.m16n8k16 and ldmatrix follow the fragment layouts of the PTX ISA to the lane and register; products are summed in
-// fp32. An asynchronous copy lands at one of the two extremes of what the hardware may do, chosen copy by copy: at once
-// (so that one overwriting what others still read shows), or only when this thread waits for its group (so that a
-// wait for too little shows).
+// mma.m16n8k16 and ldmatrix follow the fragment layouts of the PTX ISA to the lane and register; products are
+// summed in fp32. An asynchronous copy lands at one of the two extremes of what the hardware may do, chosen
+// copy by copy: at once (so that one overwriting what others still read shows), or only when this thread
+// waits for its group (so that a wait for too little shows).
 #pragma once
 #include <deque>
 #include <vector>
@@ -12,7 +12,8 @@
 
 namespace mlite {
 
-// ---- asynchronous copies -----------------------------------------------------------------------------------------
+// ---- asynchronous copies
+// -----------------------------------------------------------------------------------------
 
 struct AsyncCopy {
   void* shared;
@@ -29,7 +30,7 @@ struct AsyncCopy {
 
 struct AsyncCopies {  // of one thread
   uint64_t block = 0;
-  std::vector<AsyncCopy> open;               // not yet in a group
+  std::vector<AsyncCopy> open;                // not yet in a group
   std::deque<std::vector<AsyncCopy>> groups;  // oldest first
 };
 
@@ -68,7 +69,8 @@ void copy_async_wait() {
     for (const AsyncCopy& copy : mine.groups.front()) copy.land();
 }
 
-// ---- matrices ----------------------------------------------------------------------------------------------------
+// ---- matrices
+// ----------------------------------------------------------------------------------------------------
 
 template <bool transposed>
 void load_matrices(uint32_t (&r)[4], const void* row) {
@@ -84,7 +86,8 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
         std::memcpy(value[i], static_cast<const Record*>(records[8 * matrix + i])->row, 16);
       for (int lane = 0; lane < 32; ++lane) {
         const int g = lane / 4, t = lane % 4 * 2;
-        const uint32_t low = transposed ? value[t][g] : value[g][t], high = transposed ? value[t + 1][g] : value[g][t + 1];
+        const uint32_t low = transposed ? value[t][g] : value[g][t],
+                       high = transposed ? value[t + 1][g] : value[g][t + 1];
         static_cast<const Record*>(records[lane])->r[matrix] = low | high << 16;
       }
     }
@@ -129,7 +132,9 @@ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 struct Bf16 {
-  static uint32_t pack(float low, float high) { return __float2bfloat16(low).bits | uint32_t(__float2bfloat16(high).bits) << 16; }
+  static uint32_t pack(float low, float high) {
+    return __float2bfloat16(low).bits | uint32_t(__float2bfloat16(high).bits) << 16;
+  }
   static float low(uint32_t pair) { return emulator::bits_to_float(pair << 16); }
   static float high(uint32_t pair) { return emulator::bits_to_float(pair & 0xffff0000u); }
   static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -138,7 +143,9 @@ struct Bf16 {
 };
 
 struct Fp16 {
-  static uint32_t pack(float low, float high) { return __float2half(low).bits | uint32_t(__float2half(high).bits) << 16; }
+  static uint32_t pack(float low, float high) {
+    return __float2half(low).bits | uint32_t(__float2half(high).bits) << 16;
+  }
   static float low(uint32_t pair) { return table()[pair & 0xffff]; }
   static float high(uint32_t pair) { return table()[pair >> 16]; }
   static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -149,7 +156,8 @@ struct Fp16 {
   static const std::vector<float>& table() {
     static const std::vector<float> values = [] {
       std::vector<float> result(65536);
-      for (uint32_t bits = 0; bits < 65536; ++bits) result[bits] = __half2float({static_cast<uint16_t>(bits)});
+      for (uint32_t bits = 0; bits < 65536; ++bits)
+        result[bits] = __half2float({static_cast<uint16_t>(bits)});
       return result;
     }();
     return values;
