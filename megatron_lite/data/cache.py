@@ -80,7 +80,9 @@ def _store(entry: Path, key: Mapping[str, Any], arrays: Arrays) -> None:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
         (temporary / "key.json").write_text(json.dumps({"key": dict(key), "arrays": list(arrays)}, indent=1))
-        shutil.rmtree(entry, ignore_errors=True)  # only a damaged one is there: `cached` looked
+        if _load(entry) is not None:
+            return  # of a node that the lock does not reach, and mapped by others: it must stay
+        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         try:
             os.rename(temporary, entry)
         except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_lite.data import cache
 from megatron_lite.data.cache import cached, content_stamp
 
 
@@ -65,6 +66,24 @@ def test_an_error_of_building_is_not_swallowed(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError):
         cached(tmp_path, {}, build)
+
+
+def test_what_another_node_stored_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where locks do not reach other nodes: its ranks have mapped the files already."""
+
+    def no_lock(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(cache.fcntl, "flock", no_lock)
+    stored: list[int] = []
+
+    def build() -> dict[str, np.ndarray]:
+        cached(tmp_path, {"seed": 1}, Builder())  # the other node, faster
+        stored.append(next(tmp_path.glob("*/a.npy")).stat().st_ino)
+        return Builder()()
+
+    assert cached(tmp_path, {"seed": 1}, build)["a"].tolist() == [0, 1, 2, 3, 4]
+    assert [path.stat().st_ino for path in tmp_path.glob("*/a.npy")] == stored, "and nothing temporary"
 
 
 def _start(directory: Path, built: "multiprocessing.Queue[int]", barrier: object) -> None:
