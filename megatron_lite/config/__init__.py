@@ -4,6 +4,7 @@ from .errors import ConfigError
 from .load import build_config, load_config
 from .model import ModelConfig, RotaryScaling
 from .sections import (
+    TOKENIZER_KINDS,
     CheckpointConfig,
     DataConfig,
     KernelsConfig,
@@ -11,10 +12,12 @@ from .sections import (
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
+    split_sizes,
 )
 from .tree import Config
 
 __all__ = [
+    "TOKENIZER_KINDS",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -28,4 +31,5 @@ __all__ = [
     "TrainConfig",
     "build_config",
     "load_config",
+    "split_sizes",
 ]

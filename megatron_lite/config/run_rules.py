@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from . import checks, deepspeed_section
 from .errors import Problem, closest
 from .nearest import nearest_multiple
 from .rulebook import rule
-from .sections import Prefixes, prefixes
+from .sections import TOKENIZER_KINDS, Prefixes, prefixes, split_sizes
 from .tree import Config
-
-_TOKENIZERS = ("char", "word", "gpt2", "hf", "tiktoken", "sentencepiece")
 
 
 @rule("train.global_batch_size", "train.micro_batch_size")
@@ -34,12 +31,12 @@ def tokenizer_spec(config: Config) -> Iterator[Problem]:
     kind, colon, path = spec.partition(":")
     if not colon:
         if not any(mark in spec for mark in "./"):
-            match = closest(spec, ("byte", *_TOKENIZERS))
+            match = closest(spec, ("byte", *TOKENIZER_KINDS))
             meant = "; did you mean " + (match if match == "byte" else f"{match}:FILE") + "?" if match else ""
             yield Problem("data.tokenizer", f'"{spec}" is neither byte, KIND:FILE nor a file{meant}')
-    elif kind not in _TOKENIZERS:
-        match = closest(kind, _TOKENIZERS)
-        meant = f"; did you mean {match}:{path}?" if match else f"; kinds: {', '.join(_TOKENIZERS)}"
+    elif kind not in TOKENIZER_KINDS:
+        match = closest(kind, TOKENIZER_KINDS)
+        meant = f"; did you mean {match}:{path}?" if match else f"; kinds: {', '.join(TOKENIZER_KINDS)}"
         yield Problem("data.tokenizer", f'"{kind}" is no kind of tokenizer{meant}')
     elif not path:
         yield Problem("data.tokenizer", f'"{spec}" names no file; for example "{kind}:path/to/file"')
@@ -56,23 +53,10 @@ def document_ends_known(config: Config) -> Iterator[Problem]:
 
 @rule("data.split")
 def split_readable(config: Config) -> Iterator[Problem]:
-    if _split(config.data.split) is None:
-        yield Problem(
-            "data.split",
-            f'"{config.data.split}" is not one to three sizes, none negative and the first more than 0; '
-            'for example "969,30,1"',
-        )
-
-
-def _split(text: str) -> list[float] | None:
-    """The relative sizes of train, valid and test; None when `text` is not a split."""
     try:
-        sizes = [float(part) for part in text.split(",")]
-    except ValueError:
-        return None
-    if len(sizes) > 3 or not all(math.isfinite(size) and size >= 0 for size in sizes) or not sizes[0]:
-        return None
-    return sizes + [0.0] * (3 - len(sizes))
+        split_sizes(config.data.split)
+    except ValueError as error:
+        yield Problem("data.split", str(error))
 
 
 @rule("data.train", "data.valid", "data.test")
@@ -89,20 +73,28 @@ def blends(config: Config) -> Iterator[Problem]:
             yield Problem(f"data.{key}", "weights must not be negative, and one must be more than 0")
 
 
-@rule("train.eval_interval", "data.valid", "data.split")
+@rule("train.eval_interval", "data.valid", "data.test", "data.split")
 def evaluation_data(config: Config) -> Iterator[Problem]:
-    sizes = _split(config.data.split)
-    if (
-        config.train.eval_interval is not None
-        and config.data.valid is None
-        and sizes is not None
-        and not sizes[1]
-    ):
-        yield Problem(
-            "train.eval_interval",
-            f'there is no validation data: data.valid is null and data.split "{config.data.split}" leaves '
-            "none; nearest: null",
-        )
+    data = config.data
+    if config.train.eval_interval is None or data.valid is not None:
+        return
+    if data.test is not None:
+        lacking, nearest = "where data.test is given, data.split is not used", "set data.valid, or null"
+    elif _without_validation(data.split):
+        lacking, nearest = f'data.split "{data.split}" leaves none', "null"
+    else:
+        return
+    yield Problem(
+        "train.eval_interval",
+        f"there is no validation data: data.valid is null and {lacking}; nearest: {nearest}",
+    )
+
+
+def _without_validation(split: str) -> bool:
+    try:
+        return not split_sizes(split)[1]
+    except ValueError:
+        return False  # reported as what it is
 
 
 @rule("optimizer.lr", "optimizer.min_lr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,6 +11,8 @@ from .base import Section, alias
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Prefixes = str | tuple[str, ...] | tuple[tuple[float, str], ...]
+# What stands before the colon in data.tokenizer; `byte` reads no file and stands alone.
+TOKENIZER_KINDS = ("char", "word", "gpt2", "hf", "tiktoken", "sentencepiece")
 
 
 def prefixes(value: Prefixes | None) -> list[str]:
@@ -17,6 +20,24 @@ def prefixes(value: Prefixes | None) -> list[str]:
     if value is None or isinstance(value, str):
         return [value] if value else []
     return [item if isinstance(item, str) else item[1] for item in value]
+
+
+def split_sizes(split: str) -> tuple[float, float, float]:
+    """The relative sizes of training, validation and test that data.split gives.
+
+    Raises ValueError for a text that is not one to three sizes, none negative and the first more than 0.
+    """
+    try:
+        sizes = [float(part) for part in split.split(",")]
+    except ValueError:
+        sizes = []
+    if not 1 <= len(sizes) <= 3 or not all(math.isfinite(s) and s >= 0 for s in sizes) or not sizes[0]:
+        raise ValueError(
+            f'"{split}" is not one to three sizes, none negative and the first more than 0; '
+            'for example "969,30,1"'
+        )
+    train, valid, test = (*sizes, 0.0, 0.0)[:3]
+    return train, valid, test
 
 
 class ParallelConfig(Section):
@@ -43,20 +64,26 @@ class DataConfig(Section):
 
     tokenizer: str | None = Field(
         default=None,
-        description="byte, char:FILE, word:FILE, gpt2:DIR_OR_PREFIX, hf:tokenizer.json, tiktoken:FILE or "
+        description="byte, char:FILE, word:FILE, gpt2:DIR_OR_PREFIX, hf:DIR_OR_FILE, tiktoken:FILE or "
         "sentencepiece:FILE; null: none, and model.vocab_size says how many ids there are",
     )
     train: Prefixes | None = Field(
         default=None, description="training data: a prefix, a list of prefixes, or [[weight, prefix], ...]"
     )
     valid: Prefixes | None = Field(
-        default=None, description="validation data, as train; null: the part of train that split gives"
+        default=None,
+        description="validation data, as train; null: the part of train that split gives, or none where test "
+        "is given",
     )
     test: Prefixes | None = Field(
-        default=None, description="test data, as train; null: the part of train that split gives"
+        default=None,
+        description="test data, as train; null: the part of train that split gives, or none where valid is "
+        "given",
     )
     split: str = Field(
-        default="969,30,1", description="relative sizes of training, validation and test within train"
+        default="969,30,1",
+        description="relative sizes of training, validation and test within train; not used where valid or "
+        "test is given",
     )
     order: Literal["epoch", "megatron"] = Field(
         default="epoch", description="sample order: epochs kept apart, or exactly Megatron-core's"

@@ -12,12 +12,12 @@ starts [K, 2] int32/int64: for sample i of the training order, (position in `doc
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lite.config import split_sizes
 from megatron_lite.data import _index
 from megatron_lite.data.cache import Arrays
 from megatron_lite.data.errors import DatasetError
@@ -135,15 +135,12 @@ def _repeated(documents: range, epochs: int) -> NDArray[Any]:
 def split_edges(split: str, count: int) -> list[range | None]:
     """Divide `count` sequences as "969,30,1" says, with Megatron's rounding; None where the share is zero.
 
-    Raises DatasetError for a text that is not one to three numbers, not all zero.
+    Raises DatasetError for a text that is not a split.
     """
     try:
-        shares = [float(part) for part in split.split(",")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or any(not math.isfinite(s) or s < 0 for s in shares) or sum(shares) == 0:
-        raise DatasetError(f'data.split: "{split}" is not one to three numbers such as "969,30,1"')
-    shares += [0.0] * (3 - len(shares))
+        shares = split_sizes(split)
+    except ValueError as error:
+        raise DatasetError(f"data.split: {error}") from None
     whole = shares[0] + shares[1] + shares[2]  # sum() rounds differently from Python 3.12 on
     edges = [0.0]
     for share in shares:

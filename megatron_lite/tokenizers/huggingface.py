@@ -34,8 +34,10 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> HuggingFaceTokenizer:
-        """Read a tokenizer.json. Raises TokenizerError where it is none."""
+        """Read a tokenizer.json, or the one in a folder. Raises TokenizerError where it is none."""
         library = _import()
+        if Path(path).is_dir():
+            path = Path(path) / "tokenizer.json"
         content = read_bytes(path)
         try:
             tokenizer = library.Tokenizer.from_str(content.decode("utf-8"))

@@ -6,38 +6,44 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_lite.config import TOKENIZER_KINDS
 from megatron_lite.tokenizers.base import Tokenizer, TokenizerError, read_bytes
 from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_lite.tokenizers.openai import TiktokenTokenizer
 from megatron_lite.tokenizers.simple import ByteTokenizer, CharTokenizer, WordTokenizer
 from megatron_lite.tokenizers.spm import SentencePieceTokenizer
 
-_KINDS: dict[str, Callable[[str, str], Tokenizer]] = {
-    "char": CharTokenizer.load,
-    "word": WordTokenizer.load,
-    "gpt2": HuggingFaceTokenizer.load_gpt2,
-    "hf": HuggingFaceTokenizer.load,
-    "tiktoken": TiktokenTokenizer,
-    "sentencepiece": SentencePieceTokenizer,
-}
+_LOADERS: dict[str, Callable[[str, str], Tokenizer]] = dict(
+    zip(
+        TOKENIZER_KINDS,
+        (
+            CharTokenizer.load,
+            WordTokenizer.load,
+            HuggingFaceTokenizer.load_gpt2,
+            HuggingFaceTokenizer.load,
+            TiktokenTokenizer,
+            SentencePieceTokenizer,
+        ),
+        strict=True,
+    )
+)
 _ENDINGS = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `spec` names.
 
-    spec: byte, char:FILE, word:FILE, gpt2:FOLDER_OR_PREFIX, hf:tokenizer.json, tiktoken:FILE,
-        sentencepiece:FILE, or
-        a path alone, whose kind is seen from its ending and content
+    spec: byte, char:FILE, word:FILE, gpt2:FOLDER_OR_PREFIX, hf:FOLDER_OR_FILE (tokenizer.json),
+        tiktoken:FILE, sentencepiece:FILE, or a path alone, whose kind is seen from its ending and content
 
     Raises TokenizerError for an unknown kind, a missing or damaged file, or a library that is not installed.
     """
     if spec == "byte":
         return ByteTokenizer()
     kind, separator, path = spec.partition(":")
-    if not separator or kind not in _KINDS:
+    if not separator or kind not in TOKENIZER_KINDS:
         kind, path = _kind_of(spec), spec
-    return _KINDS[kind](path, spec)
+    return _LOADERS[kind](path, spec)
 
 
 def _kind_of(spec: str) -> str:
@@ -55,5 +61,5 @@ def _kind_of(spec: str) -> str:
             raise TokenizerError(f"{spec}: not JSON: {error}") from None
         kind = content.get("type") if isinstance(content, dict) else None
         return kind if kind in ("char", "word") else "hf"
-    kinds = ", ".join(f"{kind}:FILE" for kind in _KINDS)
+    kinds = ", ".join(f"{kind}:FILE" for kind in TOKENIZER_KINDS)
     raise TokenizerError(f'unknown tokenizer "{spec}": take byte, {kinds}, or the path of such a file')

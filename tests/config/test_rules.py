@@ -185,6 +185,12 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "train.eval_interval: there is no validation data: data.valid is null and data.split",
         ["data.valid=a"],
     ),
+    "evaluation beside test data of its own": (
+        ["train.eval_interval=5", "data.test=a"],
+        "train.eval_interval: there is no validation data: data.valid is null and where data.test is given, "
+        "data.split is not used; nearest: set data.valid, or null",
+        ["data.valid=a"],
+    ),
     "rates in order": (
         ["optimizer.min_lr=0.01"],
         "optimizer.min_lr: 0.01 is more than lr = 0.001; nearest: 0.001",

@@ -224,7 +224,7 @@ def test_unaligned_lengths_are_read() -> None:
         ("969,30,1", 1000, [range(969), range(969, 999), range(999, 1000)]),
         ("100", 7, [range(7), None, None]),
         ("1,1", 5, [range(2), range(2, 5), None]),
-        ("0,1,1", 3, [None, range(2), range(2, 3)]),
+        ("1,0,1", 3, [range(2), None, range(2, 3)]),
         ("98,2,0", 5, [range(5), range(5, 5), None]),
         ("50,25,25", 10, [range(5), range(5, 8), range(8, 10)]),
     ],
@@ -234,7 +234,9 @@ def test_splits_round_as_megatron(split: str, count: int, expected: list) -> Non
     assert split_edges(split, count) == expected
 
 
-@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "0,0,0", "-1,2", "nan,1", "1,,1"])
+@pytest.mark.parametrize(
+    "split", ["", "a,b", "1,2,3,4", "0,0,0", "0,1,1", "-1,2", "1,-1", "nan,1", "inf", "1,,1"]
+)
 def test_a_split_that_makes_no_sense_is_refused(split: str) -> None:
     with pytest.raises(DatasetError, match=r"data\.split"):
         split_edges(split, 10)

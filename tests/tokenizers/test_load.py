@@ -128,6 +128,19 @@ def test_every_byte_of_a_small_vocabulary_works_without_files_from_elsewhere(tmp
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_folder_stands_for_the_tokenizer_json_in_it(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers.models import BPE
+
+    Library(BPE({"a": 0, "b": 1, "</s>": 2}, [])).save(str(tmp_path / "tokenizer.json"))
+    for spec in (f"hf:{tmp_path}", str(tmp_path), f"hf:{tmp_path}/tokenizer.json"):
+        tokenizer = load_tokenizer(spec)
+        assert (tokenizer.encode("ba"), tokenizer.eod_id) == ([1, 0], 2)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TokenizerError, match=r"empty/tokenizer\.json: cannot be read"):
+        load_tokenizer(f"hf:{tmp_path}/empty")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
