@@ -18,8 +18,8 @@ import torch
 
 from megatron_lite.checkpoint import Reader, resolve
 from megatron_lite.config import Config
-from megatron_lite.data.build import build_datasets
-from megatron_lite.data.loader import DataLoader
+from megatron_lite.data.build import build_dataset
+from megatron_lite.data.loader import DataLoader, make_loader
 from megatron_lite.inference import load_model, read_config
 from megatron_lite.inference.evaluate import mean_loss
 from megatron_lite.parallel.launch import choose_device, detect_launch
@@ -74,27 +74,13 @@ def held_out(config: Config, options: argparse.Namespace) -> tuple[DataLoader, i
     if options.data:
         data = data.model_copy(update={"train": options.data, "valid": options.data, "test": options.data})
     size = steps * train.global_batch_size
-    _, *others = build_datasets(
-        data, config.model.seq_length, train.seed, train.steps * train.global_batch_size, size, size
-    )
-    dataset = others[("valid", "test").index(options.split)]
+    dataset = build_dataset(data, options.split, config.model.seq_length, train.seed, size)
     if dataset is None:
         raise ValueError(
             f"the run has no {options.split} data: data.split is {data.split}; give --data PREFIX"
         )
     eod = load_tokenizer(data.tokenizer).eod_id if data.tokenizer else None
-    loader = DataLoader(
-        dataset,
-        train.micro_batch_size,
-        train.global_batch_size,
-        eod_id=eod,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        vocab_size=config.model.vocab_size,
-        num_workers=0,
-    )
-    return loader, steps
+    return make_loader(config, dataset, eod), steps
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
 
 from megatron_lite.config import DataConfig
 from megatron_lite.data.blend import BlendedDataset, blend_index, normalized, used_members
@@ -16,7 +18,8 @@ from megatron_lite.data.sample_index import split_edges
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("train", "valid", "test")
+Split = Literal["train", "valid", "test"]
+_NAMES: tuple[Split, ...] = get_args(Split)
 _SURPLUS = 0.005  # Megatron builds each dataset of a blend this much longer than its share
 
 
@@ -30,7 +33,7 @@ class _Settings(NamedTuple):
     config: DataConfig
     seq_length: int
     seed: int
-    name: str
+    name: Split
 
     def dataset(self, member: _Member, num_samples: int | None) -> GPTDataset:
         return GPTDataset(
@@ -59,31 +62,40 @@ def build_datasets(
     data.split.
 
     *_samples: samples wanted, over as many epochs as they take; 0: not wanted; None: the data once. The
-        length of a
-        dataset is what was asked for (order "megatron": that or more).
+        length of a dataset is what was asked for (order "megatron": that or more).
 
     Raises DatasetError (a ValueError) for files that are missing or damaged, an empty split, and weights or a
     data.split that make no sense.
     """
+    opened: dict[str, IndexedDataset] = {}
+    train, valid, test = (
+        _build_split(_Settings(config, seq_length, seed, name), samples, opened)
+        for name, samples in zip(_NAMES, (train_samples, valid_samples, test_samples), strict=True)
+    )
+    if train is None:
+        raise DatasetError("0 training samples: ask for some, or `build_dataset` for another split alone")
+    return train, valid, test
+
+
+def build_dataset(
+    config: DataConfig, name: Split, seq_length: int, seed: int, samples: int | None
+) -> SampleDataset | None:
+    """One of the three datasets of `build_datasets`, exactly as it is there; the others are not read."""
+    return _build_split(_Settings(config, seq_length, seed, name), samples, {})
+
+
+def _build_split(
+    settings: _Settings, samples: int | None, opened: dict[str, IndexedDataset]
+) -> SampleDataset | None:
+    config, name = settings.config, settings.name
     if config.train is None:
         raise DatasetError("data.train is not set: give the prefix of a .bin/.idx pair")
     own_files = config.valid is not None or config.test is not None
-    opened: dict[str, IndexedDataset] = {}
-    built: list[SampleDataset | None] = []
-    wanted = (train_samples, valid_samples, test_samples)
-    for number, (name, samples) in enumerate(zip(_NAMES, wanted, strict=True)):
-        prefixes = getattr(config, name) if own_files else config.train
-        members = None
-        if samples != 0 and prefixes is not None:
-            members = _members(prefixes, None if own_files else config.split, number, opened)
-        settings = _Settings(config, seq_length, seed, name)
-        built.append(_build(settings, members, samples, own_files) if members else None)
-    train, valid, test = built
-    if train is None:
-        raise DatasetError(
-            f'data.split "{config.split}" or a number of samples of 0 leaves nothing to train on'
-        )
-    return train, valid, test
+    prefixes = getattr(config, name) if own_files else config.train
+    if samples == 0 or prefixes is None:
+        return None
+    members = _members(prefixes, None if own_files else config.split, _NAMES.index(name), opened)
+    return _build(settings, members, samples, own_files) if members else None
 
 
 def _members(
@@ -132,7 +144,7 @@ def _build(
     weights = [member.weight or 0.0 for member in members] if weighted else [_tokens(m) for m in members]
     # The order first: it says exactly how many samples each dataset has to have.
     index = blend_index(weights, samples, cache_dir=_cache_dir(settings, members))
-    counts = [int((index[0] == number).sum()) for number in range(len(members))]
+    counts = np.bincount(index[0], minlength=len(members)).tolist()
     return BlendedDataset([settings.dataset(m, n) for m, n in zip(members, counts, strict=True)], index)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lite.config import Config
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import SampleDataset
 
@@ -162,6 +163,36 @@ class DataLoader:
             restarted_positions(ends) if self._restart else None,
             segment_numbers(ends) if self._segment else None,
         )
+
+
+def make_loader(
+    config: Config,
+    dataset: SampleDataset,
+    eod_id: int | None,
+    data_rank: int = 0,
+    data_size: int = 1,
+    consumed_samples: int = 0,
+    num_workers: int = 0,
+) -> DataLoader:
+    """The loader that `config` describes: its batch sizes, masks and vocabulary. Raises as `DataLoader` does.
+
+    eod_id: of data.tokenizer; None: there is none
+    """
+    train, data = config.train, config.data
+    return DataLoader(
+        dataset,
+        train.micro_batch_size,
+        train.global_batch_size,
+        data_rank,
+        data_size,
+        eod_id=eod_id,
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        vocab_size=config.model.vocab_size,
+        consumed_samples=consumed_samples,
+        num_workers=num_workers,
+    )
 
 
 def restarted_positions(ends: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -1,10 +1,12 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_lite.config import DataConfig
-from megatron_lite.data import DatasetError, SampleDataset, build_datasets
+from megatron_lite.data import DatasetError, SampleDataset, build_dataset, build_datasets
+from megatron_lite.data.build import Split
 
 from .conftest import MakePrefix
 
@@ -52,8 +54,24 @@ def test_a_share_of_zero_is_no_dataset(make_prefix: MakePrefix) -> None:
     settings = config(train=make_prefix([10, 10]), split="1,0,0")
     _, valid, _ = build_datasets(settings, 5, 1, 4, 4)
     assert valid is None
-    with pytest.raises(DatasetError, match="leaves nothing to train on"):
+    with pytest.raises(DatasetError, match=r'data\.split: "0,1,0" is not one to three sizes'):
         build_datasets(config(train=make_prefix([10, 10]), split="0,1,0"), 5, 1, 4)
+    with pytest.raises(DatasetError, match="0 training samples"):
+        build_datasets(settings, 5, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["train", "valid", "test"])
+def test_one_split_alone_is_the_same_and_no_other_is_indexed(
+    make_prefix: MakePrefix, tmp_path: Path, name: Split
+) -> None:
+    settings = config(train=make_prefix([10] * 10), split="8,1,1", cache_dir=str(tmp_path / "cache"))
+    alone = build_dataset(settings, name, 5, 1, 6)
+    assert alone is not None
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+    together = build_datasets(settings, 5, 1, 6, 6, 6)[("train", "valid", "test").index(name)]
+    assert together is not None
+    np.testing.assert_array_equal(alone.batch(range(6)), together.batch(range(6)))
+    assert build_dataset(settings, name, 5, 1, 0) is None
 
 
 def test_no_training_data_is_an_error() -> None:
@@ -80,6 +98,12 @@ def test_a_blend_has_as_many_samples_as_asked_whatever_the_rounding(make_prefix:
     pairs = tuple((1.0, make_prefix([7 + i], f"d{i}")) for i in range(30))
     train, _, _ = build_datasets(config(train=pairs, split="1"), 5, 1, 101)
     assert len(train) == 101 and train.batch(range(101)).shape == (101, 6)
+
+
+def test_a_blend_shorter_than_its_list(make_prefix: MakePrefix) -> None:
+    pairs = ((2.0, make_prefix([100], "a")), (1.0, make_prefix([100], "b", np.arange(1000, 1100))))
+    train, _, _ = build_datasets(config(train=pairs, split="1"), 5, 1, 1)
+    assert len(train) == 1 and max(tokens_of(train)) < 1000
 
 
 def test_prefixes_without_weights_count_by_their_tokens(make_prefix: MakePrefix) -> None:

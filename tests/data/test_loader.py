@@ -3,7 +3,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_lite.data import DataLoader, DatasetError
+from megatron_lite.config import build_config
+from megatron_lite.data import DataLoader, DatasetError, make_loader
 
 
 class Numbered:
@@ -44,6 +45,26 @@ class Fixed:
 def numbers(loader: DataLoader, steps: int) -> list[list[list[int]]]:
     """Sample numbers of each micro-batch of each step."""
     return [[(b.tokens[:, 0] // 10).tolist() for b in loader.next_step()] for _ in range(steps)]
+
+
+@pytest.mark.parametrize("flag", [None, "eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
+def test_a_loader_of_a_configuration(flag: str | None) -> None:
+    tree = {
+        "model": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 5},
+        "data": {"tokenizer": "byte"} | ({flag: True} if flag else {}),
+        "train": {"micro_batch_size": 2, "global_batch_size": 8, "steps": 1, "output_dir": "out"},
+        "optimizer": {"lr": 0.001},
+    }
+    config = build_config(tree).with_vocab_size(160)
+    loader = make_loader(config, Numbered(24), 102, 1, 2, consumed_samples=8)
+    batch, second = loader.next_step()
+    assert [batch.tokens[0, 0], second.tokens[0, 0]] == [100, 140], "samples 10 and 14"
+    assert (loader.consumed_samples, loader.remaining_steps) == (16, 1)
+    assert (batch.loss_mask == 0).any() == (flag == "eod_mask_loss")
+    assert (batch.position_ids is not None) == (flag == "reset_position_ids")
+    assert (batch.segments is not None) == (flag == "reset_attention_mask")
+    with pytest.raises(DatasetError, match="another tokenizer"):
+        loader.next_step()  # sample 18 holds 180
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

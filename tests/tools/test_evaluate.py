@@ -97,6 +97,13 @@ def test_bad_input_is_one_message(run: Path, tmp_path: Path) -> None:
         assert err.startswith("error: ") and message in err and "Traceback" not in err
 
 
+def test_no_other_split_is_indexed(run: Path, tmp_path: Path) -> None:
+    """A run's training index may be large, and is not needed."""
+    prefix = write_bytes(tmp_path)
+    loss_of("--load", str(run), "--data", prefix)
+    assert len([path for path in (tmp_path / "index_cache").iterdir() if path.is_dir()]) == 1
+
+
 def test_a_run_without_test_data(prefix: str, tmp_path: Path) -> None:
     run_command(words(prefix, tmp_path, "train.steps=1", "data.split=70,30,0"))
     status, _, err = evaluate("--load", str(tmp_path), "--split", "test")
