@@ -90,7 +90,10 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """Read and check index.json. Raises CheckpointError where it is absent, damaged or of another format."""
+    """Read and check index.json.
+
+    Raises CheckpointError where it is absent, damaged or of another format, or names files of other folders.
+    """
     path = folder / INDEX
     try:
         whole = json.loads(path.read_bytes())
@@ -107,6 +110,11 @@ def read_index(folder: Path) -> Index:
         found = f"{content['format']} version {content['version']}"
         raise CheckpointError(f"{path} is {found}, and this release reads {FORMAT} version {VERSION}")
     parameters = content["parameters"]
+    for file in content["files"]:
+        if file in ("", "..") or Path(file).name != file:
+            raise CheckpointError(
+                f'{path} names "{file}", which is not in its folder; do not load what others may have changed'
+            )
     files = [FileEntry.from_json(file, entry, parameters) for file, entry in content["files"].items()]
     return Index(content["step"], content["metadata"], files)
 

@@ -3,12 +3,14 @@
 import itertools
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
 from megatron_lite.checkpoint import KINDS, CheckpointError, Piece, Reader, find_latest, resolve, save
+from megatron_lite.checkpoint.index import read_index, write_index
 from tests.checkpoint.ranks import SHAPES, cut, layout, random_state, save_state
 
 LAYOUTS = [(1, 1, 1, 0), (2, 2, 2, 1), (4, 1, 3, 2), (1, 3, 5, 3), (2, 1, 4, 3), (4, 2, 1, 1), (1, 1, 7, 1)]
@@ -60,6 +62,17 @@ def test_only_files_that_hold_something_wanted_are_opened(tmp_path):
     with Reader(path) as reader:
         reader.read_flat("blocks.0.mlp.linear_fc2.weight", "weight", 1, 0, 6, 0, 8)
         assert list(reader._open) == ["rank_00000.safetensors"]
+
+
+@pytest.mark.parametrize("elsewhere", ["../step_1/a.safetensors", "/etc/hostname", "folder/a", "./a", "..", ""])
+def test_files_of_other_folders_are_not_opened(tmp_path, elsewhere):
+    """index.json is anyone's: sum and all, whoever hands out a checkpoint writes it."""
+    path = save_state(tmp_path, 1, random_state(0), 1, 1, 1, 0)
+    index = read_index(path)
+    (entry,) = index.files
+    write_index(path, index._replace(files=[replace(entry, file=elsewhere)]))
+    with pytest.raises(CheckpointError, match=f'index.json names "{elsewhere}", which is not in its folder'):
+        Reader(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
