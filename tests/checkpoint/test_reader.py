@@ -64,7 +64,9 @@ def test_only_files_that_hold_something_wanted_are_opened(tmp_path):
         assert list(reader._open) == ["rank_00000.safetensors"]
 
 
-@pytest.mark.parametrize("elsewhere", ["../step_1/a.safetensors", "/etc/hostname", "folder/a", "./a", "..", ""])
+@pytest.mark.parametrize(
+    "elsewhere", ["../step_1/a.safetensors", "/etc/hostname", "folder/a", "./a", "..", ""]
+)
 def test_files_of_other_folders_are_not_opened(tmp_path, elsewhere):
     """index.json is anyone's: sum and all, whoever hands out a checkpoint writes it."""
     path = save_state(tmp_path, 1, random_state(0), 1, 1, 1, 0)
