@@ -25,7 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tu
 
 def gradients(tensors: list[Tensor], grad: Tensor, seen: Tensor, scale: float) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in tensors]
-    output, _ = attention(*leaves, seen, scale)
+    output, _ = attention(leaves[0], leaves[1], leaves[2], seen, scale)
     return list(torch.autograd.grad(output, leaves, grad))
 
 
@@ -282,7 +282,7 @@ BUGS = {
         "chunk + n, lane / 2, lane % 2",
     ),
     "store: lanes not in step": (TILE, "  __syncwarp();\n", ""),
-    "store: rows beyond the end": (TILE, "first + r < rows && column", "first + r < rows + 8 && column"),
+    "store: rows beyond the end": (TILE, "first + r < rows && column", "first + r <= rows && column"),
     "backward: no barrier": (
         BACKWARD,
         "    __syncthreads();  // this tile is there",
