@@ -13,7 +13,7 @@ constexpr float kInverseRootTwoPi = 0.39894228040143268f, kCubic = 0.044715f;
 
 template <typename T>
 __device__ __forceinline__ float sigmoid(float x) {
-  return 1.0f / (1.0f + exp_for<T>(-x));
+  return reciprocal_for<T>(1.0f + exp_for<T>(-x));
 }
 
 // GELU where kTanh is false is x Phi(x); else x sigmoid(2u), which is 0.5 x (1 + tanh u) without its cancellation.
@@ -26,8 +26,9 @@ __device__ __forceinline__ float gelu(float x) {
 template <typename T, bool kTanh>
 __device__ __forceinline__ float gelu_slope(float x) {
   if (!kTanh) return 0.5f * (1.0f + erff(x * kRootHalf)) + x * kInverseRootTwoPi * exp_for<T>(-0.5f * x * x);
-  const float s = sigmoid<T>(2.0f * kRootTwoOverPi * (x + kCubic * x * x * x));
-  return s + x * s * (1.0f - s) * 2.0f * kRootTwoOverPi * (1.0f + 3.0f * kCubic * x * x);
+  const float e = exp_for<T>(-2.0f * kRootTwoOverPi * (x + kCubic * x * x * x)), s = reciprocal_for<T>(1.0f + e);
+  const float rest = e < 1.0f ? e * s : 1.0f - s;  // 1 - s, which would cancel where s nears 1
+  return s + x * s * rest * 2.0f * kRootTwoOverPi * (1.0f + 3.0f * kCubic * x * x);
 }
 
 // x + bias; every kernel below adds it so.

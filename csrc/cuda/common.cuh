@@ -86,10 +86,14 @@ __device__ __forceinline__ f16 from_float<f16>(float x) {
   return __float2half(x);
 }
 
-// exp for activations of type T: in 16 bits the fast one's error (a few ulp of fp32) disappears in rounding.
+// exp and 1 / x for activations of type T: in 16 bits the fast ones' error (a few ulp of fp32) disappears in rounding.
 template <typename T>
 __device__ __forceinline__ float exp_for(float x) {
   return sizeof(T) == 4 ? expf(x) : __expf(x);
+}
+template <typename T>
+__device__ __forceinline__ float reciprocal_for(float x) {
+  return sizeof(T) == 4 ? 1.0f / x : __fdividef(1.0f, x);
 }
 
 // N neighbouring elements as they lie in memory, read and written in accesses of up to 16 bytes.
