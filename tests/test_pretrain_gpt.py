@@ -136,7 +136,10 @@ def test_bf16_prints_nothing_of_deepspeed(prefix: str, tmp_path: Path) -> None:
 
 def test_evaluation_rows(prefix: str, tmp_path: Path) -> None:
     settings = ("train.eval_interval=2", "train.eval_steps=3", "data.split=80,10,10", "train.steps=5")
-    ok(run_command(words(prefix, tmp_path, *settings)))
+    arguments = words(prefix, tmp_path, *settings, "train.exit_after_steps=3")
+    ok(run_command(arguments))
+    assert [row["step"] for row in rows(tmp_path) if "valid_loss" in row] == [2], "a part's end is no end"
+    ok(run_command(arguments))
     found = rows(tmp_path)
     assert [row["step"] for row in found if "valid_loss" in row] == [2, 4, 5]
     assert [row["step"] for row in found if "test_loss" in row] == [5]
@@ -422,7 +425,15 @@ def test_missing_package_is_told_before_the_model_is_built(
     assert result.out == ""
 
 
-def test_bad_token_found_on_the_way_is_told_by_the_rank_that_found_it(tmp_path: Path) -> None:
+def as_another_rank() -> None:
+    """The command takes itself for the second rank, which leaves it to the first to say what both know."""
+    os.environ.update(RANK="1", LOCAL_RANK="1")
+
+
+@pytest.mark.parametrize("first", [lambda: None, as_another_rank], ids=["first rank", "another"])
+def test_bad_token_found_on_the_way_is_told_by_the_rank_that_found_it(
+    first: Callable[[], None], tmp_path: Path
+) -> None:
     """The first batch is read before the model is built; what comes later ends the run with what was saved."""
     ids = np.arange(33 * 40) % 250
     ids[-40:] = 60_000
@@ -432,7 +443,7 @@ def test_bad_token_found_on_the_way_is_told_by_the_rank_that_found_it(tmp_path: 
             writer.end_document()
     settings = ("train.steps=40", "checkpoint.interval=1", "data.split=1", "train.seed=6")
     arguments = words(f"{tmp_path}/late", tmp_path, "train.global_batch_size=2", *settings)
-    (result,) = run_command(arguments)
+    (result,) = run_command(arguments, first=first)
     assert result.status == 1
     assert result.err.startswith("error: rank 0 (tensor 0, pipeline 0, data 0): token ids from ")
     assert result.err.count("\n") == 1

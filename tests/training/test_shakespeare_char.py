@@ -20,7 +20,7 @@ from tests.distributed import run_ranks
 
 CONFIG = ROOT / "configs/shakespeare_char.json"
 STEPS, BATCH = 30, 1
-LOSS, NORM = 2e-6, 2e-5  # relative; seen: 2.0e-7 and 2.4e-6
+LOSS, NORM = 2e-6, 2e-5  # relative; seen: 2e-7 and 6e-6
 
 
 class Layer(nn.Module):
