@@ -19,11 +19,56 @@ if TYPE_CHECKING:
 
 Tree = dict[str, Any]
 
-# Sections that would do again what ours does: path -> where it is set here.
-REPLACED_KEYS = {
-    "activation_checkpointing": "train.recompute",
-    "tensor_parallel": "parallel.tensor",
-    "sequence_parallel_size": "parallel.sequence_parallel",
+# Sections that would do again what is done here, or that cannot work with it: key -> why, and what to do.
+REFUSED_KEYS = {
+    "activation_checkpointing": "is not used here; remove it and set train.recompute",
+    "tensor_parallel": "is not used here; remove it and set parallel.tensor",
+    "sequence_parallel_size": "is not used here; remove it and set parallel.sequence_parallel",
+    "autotuning": "starts jobs of its own, with settings that are not checked here; remove it and try "
+    "train.micro_batch_size, train.recompute and the ZeRO stage with --set",
+    "data_efficiency": "draws and shortens samples by itself, and here the data loader decides; remove it and "
+    "set data.order and model.seq_length",
+    "elasticity": "was removed from DeepSpeed; remove it: a run goes on from its checkpoint on any number of "
+    "ranks",
+    "hybrid_engine": "is for training and generating in one job; remove it and use tools/generate.py",
+}
+_MASTERS = (
+    "needs DeepSpeed's own CPU optimizer; remove it and, for memory, set zero_optimization.offload_optimizer"
+)
+_NVME = '"nvme" swaps tensors out of the reach of our checkpoints; nearest: "cpu"'
+# Values that cannot work here: path -> (those that can, why no other and what to do).
+REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "bf16.bf16_master_weights_and_grads": ((False,), _MASTERS),
+    "bf16.bf16_optimizer_states": ((False,), _MASTERS),
+    "fp16.fp16_master_weights_and_grads": ((False,), _MASTERS),
+    "pipeline.activation_checkpoint_interval": (
+        (0,),
+        "recomputes a second time, and ends in an error of the backward pass; remove it and set "
+        "train.recompute",
+    ),
+    "pipeline.partition": (("best",), "is not used here; remove it and set parallel.pipeline_partition"),
+    "pipeline.seed_layers": ((False,), "is not used here: train.seed says how layers begin; remove it"),
+    "pipeline.stages": ((), "is not used here; remove it and set parallel.pipeline"),
+    "zero_optimization.elastic_checkpoint": (
+        (False,),
+        "is for DeepSpeed's own checkpoints; remove it: ours load on any number of ranks",
+    ),
+    "zero_optimization.offload_optimizer.device": (("cpu", "none"), _NVME),
+    "zero_optimization.offload_optimizer.super_offload": (
+        (False,),
+        "replaces the optimizer that checkpoints are made of; remove it: offload_optimizer works without it",
+    ),
+    "zero_optimization.offload_param.device": (("cpu", "none"), _NVME),
+    "zero_optimization.zenflow": (
+        (),
+        "replaces the optimizer that checkpoints are made of; remove it and set "
+        "zero_optimization.offload_optimizer",
+    ),
+    "zero_optimization.zero_hpz_partition_size": (
+        (0, 1),
+        "more than 1 gathers weights from the neighbouring ranks, also where those hold other shards of "
+        "parallel.tensor, and the loss is wrong; nearest: 1",
+    ),
 }
 _OBJECTS = ("bf16", "bfloat16", "data_types", "fp16", "optimizer", "pipeline", "scheduler", "torch_autocast")
 _SCHEDULERS = {"cosine": "WarmupCosineLR", "linear": "WarmupDecayLR", "constant": "WarmupLR"}
@@ -33,12 +78,12 @@ def check_keys(section: Tree) -> Iterator[Problem]:
     """Problems that need nothing but the section: unknown or removed keys, ZeRO values of a wrong type."""
     for key in section:
         path = f"deepspeed.{key}"
-        if key in REMOVED_KEYS:
+        if key in REFUSED_KEYS:
+            yield Problem(path, REFUSED_KEYS[key])
+        elif key in REMOVED_KEYS:
             yield Problem(path, "was removed from DeepSpeed; remove it")
-        elif key in REPLACED_KEYS:
-            yield Problem(path, f"is not used here; remove it and set {REPLACED_KEYS[key]}")
         elif key not in TOP_LEVEL_KEYS:
-            yield unknown_key(path, TOP_LEVEL_KEYS - REPLACED_KEYS.keys())
+            yield unknown_key(path, TOP_LEVEL_KEYS - REFUSED_KEYS.keys())
     for key in _OBJECTS:
         value = section.get(key)
         if value is None or isinstance(value, dict):
@@ -59,9 +104,17 @@ def check_keys(section: Tree) -> Iterator[Problem]:
 
 def _check_nested(path: str, value: Tree | None) -> Iterator[Problem]:
     known = NESTED_KEYS.get(path)
-    for key in value or {}:
+    for key, inner in (value or {}).items():
         if known is not None and key not in known:
             yield unknown_key(f"deepspeed.{path}.{key}", known)
+        else:
+            yield from _check_value(f"{path}.{key}", inner)
+
+
+def _check_value(path: str, value: Any) -> Iterator[Problem]:
+    fine, why = REFUSED_VALUES.get(path, ((value,), ""))
+    if value not in (None, "auto", *fine):
+        yield Problem(f"deepspeed.{path}", why)
 
 
 def _check_zero_key(key: str, value: Any) -> Iterator[Problem]:
@@ -78,8 +131,10 @@ def _check_zero_key(key: str, value: Any) -> Iterator[Problem]:
             yield Problem(path, f"must be 0, 1, 2 or 3, not {json.dumps(value)}")
     elif value != "auto" and not _matches(value, known):
         yield Problem(path, f"must be {known}, not {json.dumps(value)}")
-    elif isinstance(value, dict):
-        yield from _check_nested(f"zero_optimization.{key}", value)
+    else:
+        yield from _check_value(f"zero_optimization.{key}", value)
+        if isinstance(value, dict):
+            yield from _check_nested(f"zero_optimization.{key}", value)
 
 
 def _matches(value: Any, known: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .deepspeed_keys import TOP_LEVEL_KEYS, ZERO_KEYS
-from .deepspeed_section import REPLACED_KEYS
+from .deepspeed_section import REFUSED_KEYS
 from .tree import Config
 
 _TYPES = {"true or false": "boolean", "a whole number": "number", "an object": "object"}
@@ -16,7 +16,7 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     properties = {"$schema": {"type": "string", "description": "this schema's location, for editors"}}
     schema["properties"] = properties | schema["properties"]
-    deepspeed: dict[str, Any] = {key: {} for key in sorted(TOP_LEVEL_KEYS - REPLACED_KEYS.keys())}
+    deepspeed: dict[str, Any] = {key: {} for key in sorted(TOP_LEVEL_KEYS - REFUSED_KEYS.keys())}
     deepspeed["zero_optimization"] = {
         "type": "object",
         "additionalProperties": False,

@@ -15,6 +15,7 @@ from megatron_lite.config.deepspeed_keys import (
     TOP_LEVEL_KEYS,
     ZERO_KEYS,
 )
+from megatron_lite.config.deepspeed_section import REFUSED_KEYS, REFUSED_VALUES
 
 
 def problems(small: Path, section: dict[str, Any], *overrides: str) -> list[str]:
@@ -144,6 +145,13 @@ def _types(annotation: Any) -> tuple[Any, ...]:
             "deepspeed.zero_optimization.off",
         ),
         ({"bf16": True}, "bf16: must be an object, not true"),
+        ({"autotuning": {"enabled": True}}, "autotuning: starts jobs of its own"),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency: draws and shortens samples by itself"),
+        (
+            {"elasticity": {"enabled": True}},
+            "elasticity: was removed from DeepSpeed; remove it: a run goes on",
+        ),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: is for training and generating in one job"),
         ({"pipeline": 2}, "pipeline: must be an object, not 2"),
         (
             {"activation_checkpointing": {}},
@@ -207,6 +215,46 @@ def _types(annotation: Any) -> tuple[Any, ...]:
 def test_one_problem(small: Path, section: dict[str, Any], message: str) -> None:
     found = problems(small, section)
     assert len(found) == 1 and found[0].startswith(message), found
+
+
+UNUSABLE: list[tuple[str, Any, str]] = [
+    ("bf16.bf16_master_weights_and_grads", True, "zero_optimization.offload_optimizer"),
+    ("bf16.bf16_optimizer_states", True, "zero_optimization.offload_optimizer"),
+    ("fp16.fp16_master_weights_and_grads", True, "zero_optimization.offload_optimizer"),
+    ("pipeline.activation_checkpoint_interval", 1, "set train.recompute"),
+    ("pipeline.partition", "uniform", "set parallel.pipeline_partition"),
+    ("pipeline.seed_layers", True, "train.seed"),
+    ("pipeline.stages", 2, "set parallel.pipeline"),
+    ("zero_optimization.elastic_checkpoint", True, "ours load on any number of ranks"),
+    ("zero_optimization.offload_optimizer.device", "nvme", 'nearest: "cpu"'),
+    ("zero_optimization.offload_optimizer.super_offload", True, "works without it"),
+    ("zero_optimization.offload_param.device", "nvme", 'nearest: "cpu"'),
+    ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "set zero_optimization.offload_optimizer"),
+    ("zero_optimization.zero_hpz_partition_size", 8, "nearest: 1"),
+]
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+@pytest.mark.parametrize(("path", "value", "remedy"), UNUSABLE, ids=[path for path, *_ in UNUSABLE])
+def test_what_cannot_work_is_refused_and_its_harmless_values_are_not(
+    small: Path, path: str, value: Any, remedy: str
+) -> None:
+    (found,) = problems(small, nested(path, value))
+    assert found.startswith(f"{path}: ") and remedy in found
+    for harmless in ("auto", *REFUSED_VALUES[path][0]):
+        assert problems(small, nested(path, harmless)) == []
+
+
+def test_every_value_that_is_refused_is_tested_and_known() -> None:
+    assert {path for path, *_ in UNUSABLE} == REFUSED_VALUES.keys()
+    known = {f"{section}.{key}" for section, keys in NESTED_KEYS.items() for key in keys}
+    assert REFUSED_VALUES.keys() <= known | {f"zero_optimization.{key}" for key in ZERO_KEYS}
+    assert REFUSED_KEYS.keys() <= TOP_LEVEL_KEYS | REMOVED_KEYS
 
 
 def test_partitioned_pipeline_activations_are_refused_with_tensor_parallelism(small: Path) -> None:
