@@ -191,7 +191,8 @@ int mlite_cuda_bias_gelu_forward(int dtype, bool tanh, int64_t rows, int64_t col
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVector = 16 / sizeof(T);
     if (cols % kVector == 0 && aligned(x, bias, y)) {
-      const auto kernel = tanh ? bias_gelu_forward_kernel<T, kVector, true> : bias_gelu_forward_kernel<T, kVector, false>;
+      const auto kernel =
+          tanh ? bias_gelu_forward_kernel<T, kVector, true> : bias_gelu_forward_kernel<T, kVector, false>;
       return forward<T, kVector>(kernel, rows, cols, x, bias, y, stream);
     }
     const auto kernel = tanh ? bias_gelu_forward_kernel<T, 1, true> : bias_gelu_forward_kernel<T, 1, false>;
@@ -206,7 +207,8 @@ int mlite_cuda_bias_gelu_backward(int dtype, bool tanh, int64_t rows, int64_t co
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVector = 16 / sizeof(T);
     if (cols % kVector == 0 && aligned(dy, x, bias, dx)) {
-      const auto kernel = tanh ? bias_gelu_backward_kernel<T, kVector, true> : bias_gelu_backward_kernel<T, kVector, false>;
+      const auto kernel =
+          tanh ? bias_gelu_backward_kernel<T, kVector, true> : bias_gelu_backward_kernel<T, kVector, false>;
       return backward<T, kVector>(kernel, rows, cols, cols, dy, x, bias, dx, dbias, workspace, workspace_rows, stream);
     }
     const auto kernel = tanh ? bias_gelu_backward_kernel<T, 1, true> : bias_gelu_backward_kernel<T, 1, false>;

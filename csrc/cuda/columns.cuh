@@ -34,8 +34,8 @@ __device__ __forceinline__ int first_column() {
 // Which of the walks down the rows this thread is on.
 __device__ __forceinline__ int64_t partial_row() { return int64_t(blockIdx.y) * blockDim.y + threadIdx.y; }
 
-// For the rows of this walk: read(value, row) for kInFlight at a time, then finish(value, row) for each of those. A row may
-// be overwritten in place, since only its own thread reads those columns of it, before.
+// For the rows of this walk: read(value, row) for kInFlight at a time, then finish(value, row) for each of those. A row
+// may be overwritten in place, since only its own thread reads those columns of it, before.
 template <int kInFlight, typename In, typename Read, typename Finish>
 __device__ __forceinline__ void for_rows(int64_t rows, Read read, Finish finish) {
   const int64_t step = int64_t(gridDim.y) * blockDim.y;

@@ -38,8 +38,9 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, 
   return emulator::run_grid(grid, block, shared, [&] { kernel(arguments...); });
 #else
   if (shared > (48 << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);

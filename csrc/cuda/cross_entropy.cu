@@ -22,39 +22,43 @@ struct Combine {
   }
 };
 
+// Columns from `col` on, with -inf in the place of those that are no tokens.
+template <typename T, int kVector>
+__device__ __forceinline__ Vector<T, kVector> load_valid(const T* x, int col, int valid) {
+  Vector<T, kVector> result;
+  if (col < valid) result = load<kVector>(x + col);
+  if (col + kVector <= valid) return result;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i)
+    if (col + i >= valid) result.set(i, -INFINITY);
+  return result;
+}
+
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kMaxGroup)
-    cross_entropy_stats_kernel(int64_t rows, int64_t cols, int valid, int64_t start, const T* logits,
+    cross_entropy_stats_kernel(int64_t rows, int cols, int valid, int64_t start, const T* logits,
                                const int64_t* labels, float* max_out, float* sum_out, float* label_out) {
   using V = Vector<T, kVector>;
   int phase = 0;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.x) * blockDim.y) {
+  for (int64_t row = first_row(); row < rows; row += row_step()) {
     const T* const x = logits + row * cols;
     float total[2] = {-INFINITY, 0};
     for (int from = threadIdx.x * kVector; from < valid; from += kInFlight * blockDim.x * kVector) {
       V in[kInFlight];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) in[j] = load_valid<T, kVector>(x, from + j * blockDim.x * kVector, valid);
       float largest = total[0];
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        const int col = from + j * blockDim.x * kVector;
-        if (col < valid) in[j] = load<kVector>(x + col);
-      }
+      for (int j = 0; j < kInFlight; ++j)
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        const int col = from + j * blockDim.x * kVector;
-#pragma unroll
-        for (int i = 0; i < kVector; ++i)
-          if (col + i < valid) largest = fmaxf(largest, in[j][i]);
-      }
+        for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, in[j][i]);
       if (largest > total[0]) total[1] *= expf(total[0] - largest);
       total[0] = largest;
+      const float base = largest == -INFINITY ? 0.0f : largest;  // exp(-inf) is 0, where -inf - -inf would be NaN
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        const int col = from + j * blockDim.x * kVector;
+      for (int j = 0; j < kInFlight; ++j)
 #pragma unroll
-        for (int i = 0; i < kVector; ++i)
-          if (col + i < valid) total[1] += exp_for<T>(in[j][i] - largest);
-      }
+        for (int i = 0; i < kVector; ++i) total[1] += exp_for<T>(in[j][i] - base);
     }
     group_reduce(total, phase, Combine());
     if (threadIdx.x != 0) continue;
@@ -67,31 +71,34 @@ __global__ void __launch_bounds__(kMaxGroup)
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kMaxGroup)
-    cross_entropy_grad_kernel(int64_t rows, int64_t cols, int valid, int64_t start, T* logits, const int64_t* labels,
+    cross_entropy_grad_kernel(int64_t rows, int cols, int valid, int64_t start, T* logits, const int64_t* labels,
                               const float* max_in, const float* sum_in, const float* grad_in, float z_loss) {
   using V = Vector<T, kVector>;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.x) * blockDim.y) {
+  for (int64_t row = first_row(); row < rows; row += row_step()) {
     T* const x = logits + row * cols;
     const float largest = max_in[row], grad = grad_in[row];
-    const float factor = (1.0f + 2.0f * z_loss * (largest + logf(sum_in[row]))) / sum_in[row];
+    const float factor = grad * (1.0f + 2.0f * z_loss * (largest + logf(sum_in[row]))) / sum_in[row];
     const int64_t label = labels[row] - start;
-    for (int64_t from = threadIdx.x * kVector; from < cols; from += kInFlight * blockDim.x * kVector) {
+    for (int from = threadIdx.x * kVector; from < cols; from += kInFlight * blockDim.x * kVector) {
       V in[kInFlight];
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        const int64_t col = from + j * blockDim.x * kVector;
-        if (col < valid) in[j] = load<kVector>(x + col);
-      }
+      for (int j = 0; j < kInFlight; ++j) in[j] = load_valid<T, kVector>(x, from + j * blockDim.x * kVector, valid);
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
-        const int64_t col = from + j * blockDim.x * kVector;
+        const int col = from + j * blockDim.x * kVector;
         if (col >= cols) continue;
         V out;
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const float hit = col + i == label ? 1.0f : 0.0f;
-          out.set(i, col + i < valid ? grad * (exp_for<T>(in[j][i] - largest) * factor - hit) : 0.0f);
-        }
+        for (int i = 0; i < kVector; ++i) out.set(i, exp_for<T>(in[j][i] - largest) * factor);
+        // Few vectors hold the label or padding: they alone look at each column.
+        if (label >= col && label < col + kVector)
+#pragma unroll
+          for (int i = 0; i < kVector; ++i)
+            if (col + i == label) out.set(i, exp_for<T>(in[j][i] - largest) * factor - grad);
+        if (col + kVector > valid)
+#pragma unroll
+          for (int i = 0; i < kVector; ++i)
+            if (col + i >= valid) out.set(i, 0.0f);
         store(x + col, out);
       }
     }
@@ -102,16 +109,18 @@ template <typename T, int kVector>
 int stats(int64_t rows, int64_t cols, int64_t valid, int64_t start, const void* logits, const int64_t* labels,
           float* max, float* sum, float* label_logit, void* stream) {
   const RowShape shape = row_shape(rows, divide_up(cols, kVector), kInFlight, rows);
-  return launch(cross_entropy_stats_kernel<T, kVector>, shape.grid, shape.block, 0, stream, rows, cols,
-                static_cast<int>(valid), start, static_cast<const T*>(logits), labels, max, sum, label_logit);
+  return launch(cross_entropy_stats_kernel<T, kVector>, shape.grid, shape.block, 0, stream, rows,
+                static_cast<int>(cols), static_cast<int>(valid), start, static_cast<const T*>(logits), labels, max,
+                sum, label_logit);
 }
 
 template <typename T, int kVector>
 int gradient(int64_t rows, int64_t cols, int64_t valid, int64_t start, void* logits, const int64_t* labels,
              const float* max, const float* sum, const float* grad, float z_loss, void* stream) {
   const RowShape shape = row_shape(rows, divide_up(cols, kVector), kInFlight, rows);
-  return launch(cross_entropy_grad_kernel<T, kVector>, shape.grid, shape.block, 0, stream, rows, cols,
-                static_cast<int>(valid), start, static_cast<T*>(logits), labels, max, sum, grad, z_loss);
+  return launch(cross_entropy_grad_kernel<T, kVector>, shape.grid, shape.block, 0, stream, rows,
+                static_cast<int>(cols), static_cast<int>(valid), start, static_cast<T*>(logits), labels, max, sum,
+                grad, z_loss);
 }
 
 }  // namespace

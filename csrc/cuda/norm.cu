@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMaxGroup)
                         const T* bias, T* y, T* sum, float* mean_out, float* rstd_out) {
   using V = Vector<T, kVector>;
   int phase = 0;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.x) * blockDim.y) {
+  for (int64_t row = first_row(); row < rows; row += row_step()) {
     const int64_t start = row * cols;
     const auto read = [&](V& value, int col) {
       value = load<kVector>(x + start + col);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMaxGroup)
                          const T* weight, const float* mean_in, const float* rstd_in, T* dx, float* partial) {
   using V = Vector<T, kVector>;
   using P = Pair<T, kVector>;
-  const int64_t group = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t group = first_row();
   if (group >= groups) return;  // of one-warp groups only, which share no barrier
   float* const dweight = partial + group * cols;
   float* const dbias = partial + (groups + group) * cols;
@@ -165,7 +165,8 @@ int backward(bool rms, int64_t rows, int64_t cols, const T* dy, const T* dsum, c
   const RowShape shape = row_shape(rows, divide_up(cols, kVector), kPer, workspace_rows);
   const int64_t most = int64_t(shape.grid) * shape.block.y, work = rows < workspace_rows ? rows : workspace_rows;
   const int64_t groups = most < work ? most : work;
-  const auto kernel = dbias ? norm_backward_kernel<T, kVector, kPer, true> : norm_backward_kernel<T, kVector, kPer, false>;
+  const auto kernel =
+      dbias ? norm_backward_kernel<T, kVector, kPer, true> : norm_backward_kernel<T, kVector, kPer, false>;
   const int error = launch(kernel, shape.grid, shape.block, 0, stream, rms, rows, static_cast<int>(cols), groups, dy,
                            dsum, x, weight, mean, rstd, dx, workspace);
   return error ? error : column_sums(groups, cols, workspace, dweight, dbias, stream);
@@ -190,10 +191,10 @@ int mlite_cuda_norm_forward(int dtype, bool rms, int64_t rows, int64_t cols, flo
   return dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVector = 16 / sizeof(T);
-    const auto run = cols % kVector == 0 && aligned(x, residual, weight, bias, y, sum) ? forward<T, kVector> : forward<T, 1>;
-    return run(rms, rows, cols, eps, static_cast<const T*>(x), static_cast<const T*>(residual),
-               static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(y), static_cast<T*>(sum), mean,
-               rstd, stream);
+    const bool wide = cols % kVector == 0 && aligned(x, residual, weight, bias, y, sum);
+    return (wide ? forward<T, kVector> : forward<T, 1>)(
+        rms, rows, cols, eps, static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
+        static_cast<const T*>(bias), static_cast<T*>(y), static_cast<T*>(sum), mean, rstd, stream);
   });
 }
 
@@ -203,9 +204,10 @@ int mlite_cuda_norm_backward(int dtype, bool rms, int64_t rows, int64_t cols, co
   return dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVector = 16 / sizeof(T);
-    const auto run = cols % kVector == 0 && aligned(dy, dsum, x, weight, dx) ? backward<T, kVector> : backward<T, 1>;
-    return run(rms, rows, cols, static_cast<const T*>(dy), static_cast<const T*>(dsum), static_cast<const T*>(x),
-               static_cast<const T*>(weight), mean, rstd, static_cast<T*>(dx), dweight, dbias, workspace, workspace_rows,
-               stream);
+    const bool wide = cols % kVector == 0 && aligned(dy, dsum, x, weight, dx);
+    return (wide ? backward<T, kVector> : backward<T, 1>)(
+        rms, rows, cols, static_cast<const T*>(dy), static_cast<const T*>(dsum), static_cast<const T*>(x),
+        static_cast<const T*>(weight), mean, rstd, static_cast<T*>(dx), dweight, dbias, workspace, workspace_rows,
+        stream);
   });
 }

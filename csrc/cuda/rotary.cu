@@ -79,8 +79,8 @@ int run(int64_t batch, int64_t seq, int head_dim, int rotary_dim, Heads<T> q, He
   const int64_t pairs = divide_up(rotary_dim / 2, kVector), heads = q.heads + k.heads;
   const int64_t x = pairs < 1 ? 1 : pairs < kThreads ? pairs : kThreads;
   const int64_t walks = divide_up(heads, kThreads / x);  // of equal length
-  return launch(rotary_kernel<T, kVector>, dim3(static_cast<unsigned>(batch * seq)),
-                dim3(static_cast<unsigned>(x), static_cast<unsigned>(divide_up(heads, walks))), 0, stream, seq, head_dim,
+  const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(divide_up(heads, walks)));
+  return launch(rotary_kernel<T, kVector>, dim3(static_cast<unsigned>(batch * seq)), block, 0, stream, seq, head_dim,
                 rotary_dim, q, k, cos, sin, cos_batch_stride, inverse);
 }
 

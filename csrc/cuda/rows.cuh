@@ -26,6 +26,10 @@ inline RowShape row_shape(int64_t rows, int64_t vectors, int per_thread, int64_t
   return {dim3(x, y), persistent_grid(divide_up(work, y), kResident / static_cast<int>(x * y))};
 }
 
+// The rows of a group: first_row(), and on by row_step().
+__device__ __forceinline__ int64_t first_row() { return int64_t(blockIdx.x) * blockDim.y + threadIdx.y; }
+__device__ __forceinline__ int64_t row_step() { return int64_t(gridDim.x) * blockDim.y; }
+
 // Calls read(vector's place in the cache, column) for all that fit first, so that the loads are in flight together;
 // then visit(place, column) for each, and both in turn for what does not fit.
 template <int kVector, int kPer, typename V, typename Read, typename Visit>

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMaxGroup) softmax_forward_kernel(int64_t rows
                                                                     T* y) {
   using S = Scores<T, kVector>;
   int phase = 0;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.x) * blockDim.y) {
+  for (int64_t row = first_row(); row < rows; row += row_step()) {
     const int64_t query = row % queries, head = row / queries % heads, b = row / queries / heads;
     const int64_t limit = see.causal ? query + keys - queries + 1 : keys;  // keys before it
     const uint8_t* const mask = see.mask ? see.mask + b * see.mask_b + head * see.mask_h + query * see.mask_q : nullptr;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxGroup)
     softmax_backward_kernel(int64_t rows, int keys, float scale, const T* dy, const T* y, T* dx) {
   using G = Gradients<T, kVector>;
   int phase = 0;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.x) * blockDim.y) {
+  for (int64_t row = first_row(); row < rows; row += row_step()) {
     const auto read = [&](G& both, int key) {
       both.dy = load<kVector>(dy + row * keys + key);
       both.y = load<kVector>(y + row * keys + key);
@@ -113,7 +113,8 @@ int backward(int64_t rows, int64_t keys, float scale, const void* dy, const void
   constexpr int kPer = kVector == 1 ? 8 : 32 / kVector;
   const RowShape shape = row_shape(rows, divide_up(keys, kVector), kPer, rows);
   return launch(softmax_backward_kernel<T, kVector, kPer>, shape.grid, shape.block, 0, stream, rows,
-                static_cast<int>(keys), scale, static_cast<const T*>(dy), static_cast<const T*>(y), static_cast<T*>(dx));
+                static_cast<int>(keys), scale, static_cast<const T*>(dy), static_cast<const T*>(y),
+                static_cast<T*>(dx));
 }
 
 }  // namespace

@@ -147,8 +147,9 @@ bool release_barrier() {
     in_warp += fibres[rank].state == State::kInWarp;
   }
   if (in_warp) {
-    std::snprintf(message, sizeof message, "block (%u, %u, %u) is stuck: %u threads at a barrier, %u in a warp's collective",
-                  block_index.x, block_index.y, block_index.z, waiting, in_warp);
+    std::snprintf(message, sizeof message,
+                  "block (%u, %u, %u) is stuck: %u threads at a barrier, %u in a warp's collective", block_index.x,
+                  block_index.y, block_index.z, waiting, in_warp);
     failed = true;
     return false;
   }

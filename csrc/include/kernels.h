@@ -78,7 +78,8 @@ MLITE_BOTH(softmax_backward, int dtype, int64_t rows, int64_t keys, float scale,
 
 // Cross entropy over [rows, cols] logits of which the first `valid` columns are tokens start, start + 1, ... and the
 // rest padding that takes no part. Per row, of this slice: max, sum of exp(x - max), and the label's logit (0 where the
-// label, int64, is not in this slice). With valid 0: -inf, 0, 0. Slices are combined by the caller.
+// label, int64, is not in this slice). With valid 0, or nothing but -inf: max -inf, sum 0. Slices are combined by the
+// caller.
 MLITE_BOTH(cross_entropy_stats, int dtype, int64_t rows, int64_t cols, int64_t valid, int64_t start, const void* logits,
            const int64_t* labels, float* max, float* sum, float* label_logit);
 // Overwrites the logits by the gradient of sum over rows of grad * (lse - label logit + z_loss * lse^2), where

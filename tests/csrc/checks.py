@@ -241,6 +241,7 @@ def check_cross_entropy(
     z_loss: float = 0.0,
     offset: bool = False,
     spoil: float | None = None,
+    whole_row: bool = False,
     seed: int = 0,
 ) -> None:
     """Over `slices` of `cols` columns each, the last `padding` columns of all being no tokens."""
@@ -253,7 +254,7 @@ def check_cross_entropy(
     grad = torch.rand(rows, generator=g)
     logits[:, vocabulary:] = 1e4 if dtype == torch.float16 else 1e30  # who reads the padding is far off
     if spoil is not None:
-        logits[0, vocabulary // 2] = spoil
+        logits[0, slice(vocabulary) if whole_row else vocabulary // 2] = spoil
     parts = [place(part.clone(memory_format=torch.contiguous_format)) for part in logits.split(cols, dim=1)]
     valid = [min(max(vocabulary - i * cols, 0), cols) for i in range(slices)]
     stats = torch.full((slices, 3, rows), math.nan)

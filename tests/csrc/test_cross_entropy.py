@@ -35,6 +35,11 @@ def test_cross_entropy_of_long_rows(cols: int) -> None:
     check_cross_entropy(compiled("cross_entropy.cu"), 5, cols, torch.bfloat16, padding=3)
 
 
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("whole_row", [False, True])
 @pytest.mark.parametrize("spoil", [math.nan, math.inf, -math.inf])
-def test_bad_numbers_pass_through(spoil: float) -> None:
-    check_cross_entropy(compiled("cross_entropy.cu"), 3, 40, torch.float32, slices=2, spoil=spoil)
+def test_bad_numbers_pass_through(spoil: float, whole_row: bool, offset: bool) -> None:
+    check_cross_entropy(
+        compiled("cross_entropy.cu"), 3, 40, torch.float32, slices=2, padding=5, spoil=spoil, whole_row=whole_row,
+        offset=offset,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """Bugs planted in the kernels, one at a time, are caught by the checks that the other tests make."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -42,6 +43,7 @@ def softmax(library: Library) -> None:
 def cross_entropy(library: Library) -> None:
     check_cross_entropy(library, 5, 24, BF16, slices=3, padding=30, z_loss=1e-2)
     check_cross_entropy(library, 3, 2056, F32, padding=3)
+    check_cross_entropy(library, 2, 20, F32, padding=3, spoil=math.nan)
     check_cross_entropy(library, 2, 2500, F32, offset=True)  # several steps of the running maximum
 
 
@@ -101,9 +103,14 @@ BUGS = {
         "softmax.cu", "softmax.cu", "segments[key + i] == segment", "segments[key + i] <= segment"
     ),
     "the softmax of the row before": ("softmax.cu", "softmax.cu", "y + row * keys + key, out", "y + key, out"),
-    "padding is a token": ("cross_entropy.cu", "cross_entropy.cu", "col + i < valid ? grad", "col + i <= valid ? grad"),
-    "the maximum sees the padding": (
-        "cross_entropy.cu", "cross_entropy.cu", "if (col + i < valid) largest", "if (col < valid) largest"
+    "padding is a token": (
+        "cross_entropy.cu", "cross_entropy.cu", "if (col + i >= valid) result", "if (col + i > valid) result"
+    ),
+    "padding gets a gradient": (
+        "cross_entropy.cu", "cross_entropy.cu", "if (col + i >= valid) out.set", "if (col + i > valid) out.set"
+    ),
+    "the label's gradient is another's": (
+        "cross_entropy.cu", "cross_entropy.cu", "if (col + i == label)", "if (col + i == label + 1)"
     ),
     "the neighbour's label": ("cross_entropy.cu", "cross_entropy.cu", "label < valid ?", "label <= valid ?"),
     "empty slices combine to NaN": (
