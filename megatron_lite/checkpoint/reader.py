@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -227,13 +227,18 @@ def step_folders(directory: Path) -> list[Path]:
     return sorted(found, key=order)
 
 
-def find_latest(output_dir: str | Path, *, checksums: bool = False) -> Path | None:
+_NONE: Mapping[Path, str] = MappingProxyType({})
+
+
+def find_latest(
+    output_dir: str | Path, *, checksums: bool = False, damaged: Mapping[Path, str] = _NONE
+) -> Path | None:
     """The newest whole checkpoint under an output directory (or a checkpoints folder), None where none is.
 
     Falls back to an older one where the newest is damaged, with a warning that says what was wrong with it.
-    `checksums` reads every byte instead of looking at sizes only. Raises CheckpointError where there are
-    checkpoints and all are damaged: starting afresh is then for the user to decide. In a run of many ranks
-    let one rank look and tell the others.
+    `checksums` reads every byte instead of looking at sizes only; `damaged` names folders already known to be, and
+    what is wrong with them. Raises CheckpointError where there are checkpoints and all are damaged: starting afresh
+    is then for the user to decide. In a run of many ranks let one rank look and tell the others.
     """
     directory = Path(output_dir)
     if (directory / "checkpoints").is_dir():
@@ -243,6 +248,8 @@ def find_latest(output_dir: str | Path, *, checksums: bool = False) -> Path | No
     faults = []
     for folder in step_folders(directory):
         try:
+            if folder in damaged:
+                raise CheckpointError(damaged[folder])
             with Reader(folder) as reader:
                 if checksums:
                     reader.verify()
@@ -259,17 +266,19 @@ def find_latest(output_dir: str | Path, *, checksums: bool = False) -> Path | No
     return None
 
 
-def resolve(path: str | Path, *, checksums: bool = False) -> Path:
+def resolve(path: str | Path, *, checksums: bool = False, damaged: Mapping[Path, str] = _NONE) -> Path:
     """The step folder meant by `path`: one itself, a checkpoints folder or an output directory.
 
     Raises CheckpointError where there is no checkpoint, or none that is whole (see `find_latest`).
     """
     path = Path(path)
     if _STEP.match(path.name) or (path / INDEX).is_file():
+        if path in damaged:
+            raise CheckpointError(damaged[path])
         with Reader(path) as reader:
             if checksums:
                 reader.verify()
         return path
-    if (found := find_latest(path, checksums=checksums)) is None:
+    if (found := find_latest(path, checksums=checksums, damaged=damaged)) is None:
         raise CheckpointError(f"{path}: no checkpoint there; give a step folder or a run's output directory")
     return found

@@ -77,7 +77,8 @@ class Attention(nn.Module):
 
     def _rotate(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None
-        cos, sin = self.rotary(context.positions, q.size(2), q.device)
+        limit = q.size(2) if context.cache is None else context.cache.capacity
+        cos, sin = self.rotary(context.positions, limit, q.device)
         return self.ops.rotary(q, cos, sin), self.ops.rotary(k, cos, sin)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
@@ -86,4 +87,4 @@ class Attention(nn.Module):
             shape = (*q.shape[:3], k.size(2))
             seed = place_seed(context.dropout_seed, f"{self.name}.probabilities")
             drop = dropout_mask(shape, self.dropout, seed, self.mesh, 1, q)
-        return self.ops.attention(q, k, v, mask=context.attention_mask(q.size(2)), dropout_mask=drop)
+        return self.ops.attention(q, k, v, mask=context.attention_mask, dropout_mask=drop)

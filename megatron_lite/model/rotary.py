@@ -13,31 +13,38 @@ from megatron_lite.config import ModelConfig, RotaryScaling
 
 
 class Rotary:
-    """Tables of cosine and sine, shared by all blocks and made when first needed. Not a parameter, never saved."""
+    """Tables of cosine and sine, shared by all blocks. Not a parameter, never saved.
+
+    They are made when first needed, not with the model: DeepSpeed's zero.Init, under which a model may be built,
+    changes the dtype of new tensors, and bf16 frequencies would turn far positions by whole radians.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        self.rows = config.max_positions  # of the table; doubled when a longer text is generated
-        self.frequencies, self.magnitude = rotary_frequencies(
-            config.rotary_dim, config.rotary_base, config.rotary_scaling, config.max_positions
-        )
+        self.config = config
         self._table: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, positions: Tensor | None, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, fp32: [length, dim] for positions 0 to length-1, or [b, 1, s, dim] for given ones."""
-        needed = length if positions is None else int(positions.max()) + 1
-        if self._table is None or self._table[0].size(0) < needed or self._table[0].device != device:
-            while self.rows < needed:
-                self.rows *= 2
-            angles = torch.outer(torch.arange(self.rows, dtype=torch.float32), self.frequencies)
-            angles = torch.cat((angles, angles), dim=-1)
-            self._table = (
-                (angles.cos() * self.magnitude).to(device),
-                (angles.sin() * self.magnitude).to(device),
-            )
+    def __call__(self, positions: Tensor | None, limit: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, fp32: [limit, dim] for positions 0 to limit-1, or [b, 1, s, dim] for given ones.
+
+        `limit` is above every position; it is given, because asking the tensor would make the CPU wait for a GPU.
+        """
+        if self._table is None or self._table[0].size(0) < limit or self._table[0].device != device:
+            self._table = self._make_table(limit, device)
         cos, sin = self._table
         if positions is None:
-            return cos[:length], sin[:length]
+            return cos[:limit], sin[:limit]
         return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+    def _make_table(self, limit: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        config, rows = self.config, self.config.max_positions
+        while rows < limit:  # twice as long, not longer by one, when a text is generated
+            rows *= 2
+        frequencies, magnitude = rotary_frequencies(
+            config.rotary_dim, config.rotary_base, config.rotary_scaling, config.max_positions
+        )
+        angles = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * magnitude).to(device), (angles.sin() * magnitude).to(device)
 
 
 def rotary_frequencies(

@@ -1,6 +1,7 @@
 """What a model is built with (`Runtime`), and what goes beside the activations through one forward pass (`Context`)."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,6 +15,10 @@ from megatron_lite.parallel.random import Clock
 
 if TYPE_CHECKING:
     from megatron_lite.model.cache import KVCache
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types by their names in the configuration (`train.precision`)."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,14 @@ class Context:
     cache: "KVCache | None" = None
     dropout_seed: int = 0
 
-    def attention_mask(self, queries: int) -> Tensor | None:
+    @cached_property
+    def attention_mask(self) -> Tensor | None:
         """[b, 1, s, t] bool, True where attention is allowed; None where plain causal attention is meant."""
         if self.segments is None:
             return None
         keys = self.segments if self.cache is None else self.cache.segments
         assert keys is not None, "segments for the new tokens, but none for those in the cache"
         same = self.segments.unsqueeze(-1) == keys.unsqueeze(-2)
-        total = keys.size(-1)
+        queries, total = self.segments.size(-1), keys.size(-1)
         causal = torch.ones(queries, total, dtype=torch.bool, device=keys.device).tril(total - queries)
         return (same & causal).unsqueeze(1)

@@ -12,8 +12,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-_SLURM_PORT = 29500
+_SLURM_PORT = 20000
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         return Launch()
     try:
         rank, world_size, local_rank = (int(environ.get(name, "0")) for name in names)
-        port, local = int(environ.get("MASTER_PORT", _SLURM_PORT)), int(local_size)
+        job_port = (
+            _SLURM_PORT + int(environ.get("SLURM_JOB_ID", "0")) % 10000
+        )  # two jobs on a node do not meet
+        port, local = int(environ.get("MASTER_PORT", job_port)), int(local_size)
     except ValueError as error:
         raise ValueError(f"the {launcher} launcher set a variable that is not a number: {error}") from error
     return Launch(rank, world_size, local_rank, local, address, port, launcher)
@@ -88,14 +92,17 @@ def choose_device(setting: str, launch: Launch) -> torch.device:
         ValueError: `cuda` was asked for and this machine has none, or fewer GPUs than local ranks.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if setting == "cuda" and launch.local_rank >= gpus:
+    # `srun --gpus-per-task=1` shows each task one GPU, its own.
+    own = gpus == 1 and launch.launcher == "srun"
+    if setting == "cuda" and gpus < launch.local_size and not own:
         raise ValueError(
-            f"train.device is cuda, but local rank {launch.local_rank} has no GPU ({gpus} found): "
+            f"train.device is cuda, but {launch.local_size} ranks on this node have {gpus} GPUs: "
             f"start at most {gpus} ranks a node, or set train.device to cpu"
         )
-    if setting != "cpu" and gpus >= launch.local_size:
-        torch.cuda.set_device(launch.local_rank)
-        return torch.device("cuda", launch.local_rank)
+    if setting != "cpu" and (gpus >= launch.local_size or own):
+        number = 0 if own else launch.local_rank
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     os.environ["DS_ACCELERATOR"] = "cpu"
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
@@ -113,10 +120,13 @@ def init_distributed(launch: Launch, device: torch.device, timeout_minutes: floa
     )
     os.environ.setdefault("MASTER_ADDR", launch.address)
     os.environ.setdefault("MASTER_PORT", str(launch.port or _free_port()))
+    timeout = timedelta(minutes=timeout_minutes)
+    # Every group made later, DeepSpeed's too, takes its limit from here; 30 minutes without it.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
     if launch.world_size == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

@@ -46,6 +46,10 @@ _compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
 _compiler.compile = lambda: _compiler.dummy_decorator
 
 
+# What changes while DeepSpeed's loss scaling runs; the rest of its attributes are settings.
+_LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, the same on every rank.
@@ -185,14 +189,16 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the pieces, as JSON."""
-        numbers = {k: v for k, v in self._loss_scaler().items() if isinstance(v, int | float)}
         return {
             "optimizer_steps": optimizer_state.steps_taken(self.optimizer),
-            "loss_scaler": numbers if self.config.train.precision == "fp16" else {},
+            "loss_scaler": {k: v for k, v in self._loss_scaler().items() if k in _LOSS_SCALE_STATE},
         }
 
     def _loss_scaler(self) -> dict[str, Any]:
-        """The attributes of DeepSpeed's dynamic loss scale, under the name each of its optimizers has for it."""
+        """The attributes of DeepSpeed's dynamic loss scale (fp16), under the name each of its optimizers has for it."""
+        fixed = self.config.deepspeed.get("fp16", {}).get("loss_scale", 0)
+        if self.config.train.precision != "fp16" or fixed:
+            return {}
         for name in ("loss_scaler", "loss_scale_config"):
             if hasattr(self.deepspeed.optimizer, name):
                 return vars(getattr(self.deepspeed.optimizer, name))

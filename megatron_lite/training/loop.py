@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megatron_lite.checkpoint import CheckpointError
 from megatron_lite.config import Config
@@ -16,7 +15,7 @@ from megatron_lite.data.build import build_datasets
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import SampleDataset
 from megatron_lite.data.loader import Batch, DataLoader
-from megatron_lite.model.runtime import Runtime
+from megatron_lite.model.runtime import DTYPES, Runtime
 from megatron_lite.ops import build_ops
 from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
 from megatron_lite.parallel.mesh import Mesh, build_mesh
@@ -24,11 +23,12 @@ from megatron_lite.tokenizers import Tokenizer, load_tokenizer
 from megatron_lite.training.allocator import set_cpu_allocator
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.metrics import Metrics, peak_memory_gib
-from megatron_lite.training.resilience import RunFailed, StopSignals, check_finite
+from megatron_lite.training.resilience import PeerWatch, RunFailed, StopSignals, check_finite
 from megatron_lite.training.saving import (
     Progress,
     agreed_failure,
     find_start,
+    gather,
     load_checkpoint,
     read_progress,
     save_checkpoint,
@@ -36,8 +36,6 @@ from megatron_lite.training.saving import (
 from megatron_lite.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -62,20 +60,27 @@ def train(run: Run) -> None:
         RunFailed: a number is not finite (see `resilience.check_finite`), data cannot be read, or a checkpoint
             cannot be written; the last checkpoint stands.
     """
+    if run.progress.step >= run.config.train.steps:
+        logger.info(
+            "nothing to do: step %d is done, and train.steps is %d", run.progress.step, run.config.train.steps
+        )
+    with contextlib.closing(run.metrics), contextlib.closing(run.train_loader), PeerWatch():
+        _train(run)
+    peak = peak_memory_gib(run.engine.runtime.device)
+    logger.info("done at step %d | peak memory %.2f GiB", run.progress.step, peak)
+
+
+def _train(run: Run) -> None:
     config, engine, progress, metrics = run.config, run.engine, run.progress, run.metrics
     last = config.train.steps
-    if progress.step >= last:
-        logger.info("nothing to do: step %d is done, and train.steps is %d", progress.step, last)
-        metrics.close()
-        return
     if config.train.exit_after_steps is not None:
         last = min(last, progress.step + config.train.exit_after_steps)
-    saved = progress.step
+    begin = saved = progress.step
     while progress.step < last:
         metrics.begin_step()
         rate = learning_rate(config, progress.step)
         engine.set_learning_rate(rate)
-        batches = _next_batches(run)
+        batches = _next_batches(engine, run.train_loader)
         result = engine.train_step(batches, progress.step)
         check_finite(engine, result, batches, progress.step)
         progress.step += 1
@@ -95,20 +100,15 @@ def train(run: Run) -> None:
             break
     if saved != progress.step:
         _save(run)
-    if progress.step == config.train.steps and config.train.eval_interval is not None:
+    if begin < progress.step == config.train.steps and config.train.eval_interval is not None:
         evaluate(run, "test", run.test)
-    run.train_loader.close()
-    metrics.close()
-    logger.info(
-        "done at step %d | peak memory %.2f GiB", progress.step, peak_memory_gib(engine.runtime.device)
-    )
 
 
-def _next_batches(run: Run) -> list[Batch]:
+def _next_batches(engine: Engine, loader: DataLoader) -> list[Batch]:
     try:
-        return run.train_loader.next_step()
+        return loader.next_step()
     except (DatasetError, OSError) as error:
-        raise RunFailed(f"{run.engine.mesh.describe()}: {error}", shared=False) from error
+        raise RunFailed(f"{engine.mesh.describe()}: {error}", shared=False) from error
 
 
 def _save(run: Run) -> None:
@@ -134,7 +134,7 @@ def evaluate(run: Run, name: str, dataset: SampleDataset | None) -> None:
         logger.warning("no %s loss: the data are less than one global batch (%d samples)", name, len(dataset))
         return
     for _ in range(steps):
-        loss, count = run.engine.eval_step(loader.next_step())
+        loss, count = run.engine.eval_step(_next_batches(run.engine, loader))
         total, tokens = total + loss * count, tokens + count
     loader.close()
     run.metrics.evaluation(run.progress.step, name, total / max(tokens, 1.0), time.perf_counter() - begin)
@@ -147,14 +147,16 @@ def start(config: Config, launch: Launch) -> Run:
         ValueError: tokenizer, data, checkpoint or output folder do not fit the configuration; on every rank once
             they have joined, and before the model is built except for a checkpoint of another model.
     """
-    stop = StopSignals()
     device = choose_device(config.train.device, launch)
     if device.type == "cpu" and config.kernels.cpu_allocator:
         set_cpu_allocator()
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    if tokenizer is not None:
-        config = config.with_vocab_size(tokenizer.vocab_size)
     init_distributed(launch, device, config.parallel.timeout_minutes)
+    stop = StopSignals(device)
+    _check_same_device(device)
+    with agreed_failure():
+        tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        if tokenizer is not None:
+            config = config.with_vocab_size(tokenizer.vocab_size)
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
     with agreed_failure():
         metrics = Metrics(config, device, mesh.world_size, active=mesh.rank == 0)
@@ -186,9 +188,19 @@ def start(config: Config, launch: Launch) -> Run:
             load_checkpoint(engine, checkpoint)
         logger.info("starting from %s at step %d", checkpoint, progress.step)
     train_loader = make_loader(train_set, progress.consumed_samples, config.data.num_workers)
-    metrics.open(progress.step)
-    dist.barrier()  # so that the first step's time is a step's
+    with agreed_failure():  # and together, so that the first step's time is a step's
+        metrics.open(progress.step)
     return Run(config, engine, train_loader, valid, test, make_loader, metrics, progress, stop)
+
+
+def _check_same_device(device: torch.device) -> None:
+    """Ranks on GPUs and ranks on CPUs would wait for each other in different backends."""
+    kinds = gather(device.type)
+    if "cpu" in kinds and "cuda" in kinds:
+        odd = [rank for rank, kind in enumerate(kinds) if kind == "cpu"]
+        raise ValueError(
+            f"ranks {odd} found no GPU and the others did: look at their nodes, or set train.device"
+        )
 
 
 def _datasets(

@@ -3,15 +3,21 @@
 import contextlib
 import logging
 import math
+import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.utils.hooks import RemovableHandle
 
 from megatron_lite.data.loader import Batch
@@ -37,10 +43,63 @@ class NonFinite(RunFailed):
     """The loss or a gradient is not finite, and the configuration says to stop."""
 
 
+class PeerWatch:
+    """Ends this process soon after another rank of its node has died, or another node has left word of that.
+
+    A rank that waits in NCCL for a dead peer does not notice by itself. A thread looks after the processes of this
+    node, and the rendezvous store carries the word to the others.
+    """
+
+    seconds = 5.0
+    _key = "megatron_lite/rank_died"
+
+    def __init__(self) -> None:
+        host = socket.gethostname()
+        peers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(peers, (host, os.getpid()))
+        self._peers = {rank: pid for rank, (name, pid) in enumerate(peers) if name == host}
+        self._store = distributed_c10d._get_default_store()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+
+    def __enter__(self) -> "PeerWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends the watch; where the run ended well, only after every rank got as far."""
+        if exception[0] is None:
+            dist.barrier()
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self.seconds):
+            dead = [rank for rank, pid in self._peers.items() if not _alive(pid)]
+            with contextlib.suppress(Exception):  # the store dies with its host, the first rank
+                if dead:
+                    self._store.set(self._key, str(dead[0]))
+                elif self._store.check([self._key]):
+                    dead = [int(self._store.get(self._key))]
+            if dead and not self._done.is_set():
+                print(f"error: rank {dead[0]} died; this rank ends with it", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def _alive(pid: int) -> bool:
+    """False for a process that is gone, or a zombie: dead, and nobody has waited for it yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
 class StopSignals:
     """Remembers SIGTERM and SIGUSR1, so that the run saves and ends after the current step."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.received: str | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
@@ -50,7 +109,8 @@ class StopSignals:
 
     def agreed(self) -> bool:
         """Whether any rank was told to stop. Collective: ranks must leave the loop together."""
-        flag = torch.tensor(int(self.received is not None))
+        # On the device of the model: NCCL is faster than gloo at many ranks.
+        flag = torch.tensor(int(self.received is not None), device=self.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
@@ -90,9 +150,10 @@ class _Find(NamedTuple):
 def find_nonfinite(engine: Engine, batches: list[Batch], step: int) -> str:
     """Names the rank and layer where the first number that is not finite comes from. Collective.
 
-    Runs the step again with every layer watched; its update is left out again, for the same reason. Where the
-    second run is finite its update stands.
+    Runs the step again with every layer watched; its update is left out again, for the same reason, or changes no
+    weight where the second run is finite.
     """
+    engine.set_learning_rate(0.0)
     stage, rank = engine.mesh.pipeline_rank, engine.mesh.describe()
     forward: list[_Find] = []
     backward: list[_Find] = []

@@ -88,24 +88,42 @@ def save_checkpoint(engine: Engine, progress: Progress) -> Path:
 
 
 def find_start(config: Config) -> Path | None:
-    """The checkpoint this run starts from, None for a fresh start. Collective: the first rank looks.
+    """The checkpoint this run starts from, None for a fresh start.
+
+    Collective: the first rank looks, and all share the reading through of what it found; a damaged checkpoint in the
+    folder is passed over for an older one, with a warning.
 
     Raises:
         ValueError: on every rank; resuming is required and there is nothing to resume, `checkpoint.load`
             names nothing, or every checkpoint in the output folder is damaged.
     """
-    found: list[Any] = [None]
-    with agreed_failure():
-        if dist.get_rank() == 0:
-            found[0] = _look(config)
-    dist.broadcast_object_list(found)
-    return found[0]
+    damaged: dict[Path, str] = {}
+    while True:
+        found: list[Any] = [None]
+        with agreed_failure():
+            if dist.get_rank() == 0:
+                found[0] = _look(config, damaged)
+        dist.broadcast_object_list(found)
+        if found[0] is None or (fault := _fault_in(found[0])) is None:
+            return found[0]
+        damaged[found[0]] = fault
 
 
-def _look(config: Config) -> Path | None:
+def _fault_in(path: Path) -> str | None:
+    """Reads a checkpoint through, each rank some of its files; what is wrong with it, the same on every rank."""
+    fault = None
+    try:
+        with Reader(path) as reader:
+            reader.verify(reader.files[dist.get_rank() :: dist.get_world_size()])
+    except (CheckpointError, OSError) as error:
+        fault = str(error)
+    return next((fault for fault in gather(fault) if fault is not None), None)
+
+
+def _look(config: Config, damaged: dict[Path, str]) -> Path | None:
     settings = config.checkpoint
     if settings.resume != "never":
-        latest = find_latest(config.train.output_dir, checksums=True)
+        latest = find_latest(config.train.output_dir, damaged=damaged)
         if latest is not None:
             return latest
         if settings.resume == "required":
@@ -113,7 +131,7 @@ def _look(config: Config) -> Path | None:
                 f"checkpoint.resume is required, but {config.train.output_dir} holds no checkpoint; "
                 "set train.output_dir to the run's folder, or checkpoint.resume to auto"
             )
-    return None if settings.load is None else resolve(settings.load, checksums=True)
+    return None if settings.load is None else resolve(settings.load, damaged=damaged)
 
 
 def read_progress(config: Config, path: Path | None) -> Progress:
@@ -129,14 +147,22 @@ def read_progress(config: Config, path: Path | None) -> Progress:
             raise CheckpointError(
                 f"{path} holds weights only, no optimizer state: set checkpoint.weights_only to true"
             )
-        saved_seed = reader.metadata["config"]["train"]["seed"]
-        if saved_seed != config.train.seed and dist.get_rank() == 0:
-            logger.warning(
-                "train.seed was %d and is %d: the data order changes, documents may be repeated or left out",
-                saved_seed,
-                config.train.seed,
-            )
+        if dist.get_rank() == 0:
+            _warn_of_changed_data(reader.metadata["config"], config.model_dump(mode="json"))
         return Progress(**reader.metadata["progress"])
+
+
+def _warn_of_changed_data(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """The position in the data is a number of samples, which means something else where these changed."""
+    keys = [("train", "seed"), ("model", "seq_length")]
+    keys += [("data", key) for key in ("train", "valid", "split", "order", "tokenizer")]
+    for section, key in keys:
+        before, now = old.get(section, {}).get(key), new[section][key]
+        if before != now:
+            logger.warning(
+                "%s.%s was %s and is %s: other samples follow, documents may be repeated or left out",
+                *(section, key, before, now),
+            )
 
 
 def _weights_only(config: Config, path: Path) -> bool:
@@ -147,26 +173,46 @@ def _weights_only(config: Config, path: Path) -> bool:
 def load_checkpoint(engine: Engine, path: Path) -> None:
     """Takes weights, and what else `checkpoint.weights_only` leaves to take, from a checkpoint of any layout.
 
+    Collective.
+
     Raises:
         CheckpointError: it is damaged, or of another model; the message lists the parameters that differ.
     """
+    names = {name for held in gather([name for name, _ in engine.named_parameters()]) for name in held}
     with Reader(path) as reader:
-        _check_model(engine, reader)
+        _check_model(engine, reader, names)
         engine.load(reader, _weights_only(engine.config, path))
 
 
-def _check_model(engine: Engine, reader: Reader) -> None:
-    """Every parameter must be there with its shape, before gigabytes are read."""
+# What changes the function that the weights compute, without changing their shapes.
+_STRUCTURE = ["num_attention_heads", "num_query_groups", "kv_channels", "position_embedding", "normalization"]
+_STRUCTURE += [
+    "norm_epsilon",
+    "activation",
+    "qk_layernorm",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_scaling",
+]
+
+
+def _check_model(engine: Engine, reader: Reader, names: set[str]) -> None:
+    """The model must be the one that was saved, `names` being all its parameters; checked before they are read."""
     held, faults = set(reader.names()), []
-    for parameter in engine.module.parameters():
-        spec = spec_of(parameter)
-        if spec.name not in held:
-            faults.append(f"{spec.name} is missing")
-        elif reader.shape(spec.name) != spec.global_shape:
-            faults.append(f"{spec.name} is {reader.shape(spec.name)}, the model's is {spec.global_shape}")
-    if not faults and engine.mesh.pipeline_size == 1:
-        extra = held - {spec_of(p).name for p in engine.module.parameters()}
-        faults += [f"{name} is not in the model" for name in sorted(extra)]
+    for name, parameter in engine.named_parameters():
+        shape = spec_of(parameter).global_shape
+        if name not in held:
+            faults.append(f"{name} is missing")
+        elif reader.shape(name) != shape:
+            faults.append(f"{name} is {reader.shape(name)}, the model's is {shape}")
+    faults += [f"{name} is not in the model" for name in sorted(held - names)]
+    old = reader.metadata.get("config", {}).get("model", {})
+    new = engine.config.model.model_dump(mode="json")
+    faults += [
+        f"model.{key} was {old[key]} and is {new[key]}"
+        for key in _STRUCTURE
+        if key in old and old[key] != new[key]
+    ]
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise CheckpointError(f"{reader.path} is of another model: {shown}. Compare the model section")

@@ -58,7 +58,8 @@ def test_torchrun_within_a_slurm_job() -> None:
 
 
 def test_srun() -> None:
-    assert detect_launch(SLURM) == launched(local_size=1, address="gpu7", port=29500, launcher="srun")
+    assert detect_launch(SLURM) == launched(local_size=1, address="gpu7", port=20000, launcher="srun")
+    assert detect_launch(SLURM | {"SLURM_JOB_ID": "90123"}).port == 20123
     assert detect_launch(SLURM | {"MASTER_ADDR": "head", "MASTER_PORT": "77"}).address == "head"
     assert detect_launch(SLURM | {"MASTER_PORT": "77"}).port == 77
 
@@ -97,7 +98,7 @@ def test_device_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "")  # so that it is put back as it was
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", Launch()) == choose_device("cpu", Launch()) == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"local rank 0 has no GPU \(0 found\)"):
+    with pytest.raises(ValueError, match="1 ranks on this node have 0 GPUs"):
         choose_device("cuda", Launch())
 
 
@@ -111,7 +112,7 @@ def test_device_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen == [1]
     assert choose_device("cpu", Launch(local_rank=1)) == torch.device("cpu")
     with pytest.raises(ValueError, match="start at most 2 ranks a node"):
-        choose_device("cuda", Launch(local_rank=2))
+        choose_device("cuda", Launch(local_rank=0, local_size=3))
 
 
 def test_fewer_gpus_than_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

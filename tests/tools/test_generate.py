@@ -164,7 +164,7 @@ def test_bad_input_is_told_in_one_message(run: Path, tmp_path: Path) -> None:
     refuse("--top-p is more than 0", "--load", run, *ask, "--top-p", 0)
     refuse("not allowed with", "--load", run, *ask, "--prompt-file", "x")
     if not torch.cuda.is_available():
-        refuse("has no GPU", "--load", run, *ask, "--device", "cuda")
+        refuse("have 0 GPUs", "--load", run, *ask, "--device", "cuda")
 
 
 def test_a_run_without_tokenizer_needs_one_named(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_nonfinite_is_told_once() -> None:
 
 
 def one_rank_is_told(number: int) -> tuple[bool, bool, str | None]:
-    stop = StopSignals()
+    stop = StopSignals(torch.device("cpu"))
     before = stop.agreed()
     if dist.get_rank() == 1:
         os.kill(os.getpid(), number)

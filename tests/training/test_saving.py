@@ -147,5 +147,5 @@ def warned(case: Case) -> list[str]:
 def test_another_seed_is_a_warning(run: Path) -> None:
     assert run_ranks(1, warned, make(run)) == [[]]
     first, second = run_ranks(2, warned, make(run, train__seed=5))
-    assert len(first) == 1 and first[0].startswith("train.seed was 1234 and is 5: the data order changes")
+    assert len(first) == 1 and first[0].startswith("train.seed was 1234 and is 5: other samples follow")
     assert second == []
