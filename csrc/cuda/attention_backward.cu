@@ -235,7 +235,7 @@ int backward_by_size(const Attention& p, int batch, const Gradients& t, void* st
   if (p.head_dim <= 16) return launch_backward<E, 16, 16, 64, 8>(p, batch, t, stream);
   if (p.head_dim <= 32) return launch_backward<E, 32, 32, 64, 8>(p, batch, t, stream);
   if (p.head_dim <= 64) return launch_backward<E, 64, 64, 64, 8>(p, batch, t, stream);
-  if (p.head_dim <= 96) return launch_backward<E, 96, 96, 64, 8>(p, batch, t, stream);
+  if (p.head_dim <= 96) return launch_backward<E, 96, 96, 32, 8>(p, batch, t, stream);
   if (p.head_dim <= 128) return launch_backward<E, 128, 128, 32, 8>(p, batch, t, stream);
   if (p.head_dim <= 192) return launch_backward<E, 192, 96, 32, 4>(p, batch, t, stream);
   return launch_backward<E, 256, 128, 32, 4>(p, batch, t, stream);

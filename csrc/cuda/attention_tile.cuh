@@ -76,6 +76,7 @@ template <class E, int D, int MT, int NT>
 __device__ __forceinline__ void multiply_transposed(float (&c)[MT][NT][4], const uint16_t* a, int row,
                                                     const uint16_t* b) {
   const int lane = threadIdx.x % kWarp;
+  __syncwarp();  // lanes may come from different branches
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t fa[MT][4];
@@ -102,6 +103,7 @@ template <class E, int D, int MT, int KT, int NT>
 __device__ __forceinline__ void multiply(float (&c)[MT][NT][4], const float (&s)[MT][KT][4],
                                          const uint16_t* b, int chunk) {
   const int lane = threadIdx.x % kWarp;
+  __syncwarp();  // lanes may come from different branches
 #pragma unroll
   for (int k = 0; k < KT; k += 2) {
     uint32_t fa[MT][4];

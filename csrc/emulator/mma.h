@@ -82,6 +82,10 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
   emulator::warp_collective(0xffffffffu, &mine, [](void* const* records) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t value[8][8];
+      int banks = 0;
+      for (int i = 0; i < 8; ++i)
+        banks |= 1 << (reinterpret_cast<uintptr_t>(static_cast<const Record*>(records[8 * matrix + i])->row) / 16 % 8);
+      if (banks != 0xff) emulator::fail("ldmatrix: rows of matrix %d lie in the same banks", matrix);
       for (int i = 0; i < 8; ++i)
         std::memcpy(value[i], static_cast<const Record*>(records[8 * matrix + i])->row, 16);
       for (int lane = 0; lane < 32; ++lane) {

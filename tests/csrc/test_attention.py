@@ -1,6 +1,10 @@
 """The CUDA attention on the emulator, against float64; and bugs planted in it, which the same checks must catch."""
 
 import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.csrc.emulation import EmulatorError, Library, compiled
+from tests.csrc.emulation import CSRC, EmulatorError, Library, compiled
 
 Sizes = tuple[int, int, int, int, int, int]  # batch, heads, groups, queries, keys, head_dim
 SOURCES = ("attention_forward.cu", "attention_backward.cu")
@@ -281,7 +285,7 @@ BUGS = {
         "chunk + n, lane % 16, lane / 16",
         "chunk + n, lane / 2, lane % 2",
     ),
-    "store: lanes not in step": (TILE, "  __syncwarp();\n", ""),
+    "store: lanes not in step": (TILE, "  __syncwarp();\n  for (int i = lane", "  for (int i = lane"),
     "store: rows beyond the end": (TILE, "first + r < rows && column", "first + r <= rows && column"),
     "backward: no barrier": (
         BACKWARD,
@@ -343,3 +347,39 @@ def test_planted_bugs_are_caught(bug: str) -> None:
     with pytest.raises((AssertionError, EmulatorError)) as caught:
         check_one_size((BUGS[bug],), backward=bug.startswith("backward"))
     print(bug, "->", caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the path")
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_spills(source: str, architecture: str, tmp_path: Path) -> None:
+    """Every head size keeps its tiles in registers; `pytest -rP` prints how many."""
+    flags = [
+        "-std=c++17",
+        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        "-Xcompiler=-Wall,-Werror",
+    ]
+    command = [
+        "nvcc",
+        *flags,
+        "-Xptxas=-v",
+        "-c",
+        str(CSRC / "cuda" / source),
+        "-o",
+        str(tmp_path / "object.o"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    kernels = re.findall(
+        r"Compiling entry function '\w*mlite\d+(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        done.stderr,
+        re.DOTALL,
+    )
+    for name, *_, registers in kernels:
+        print(f"sm_{architecture} {name}: {registers} registers")
+    assert (
+        len(kernels) == {FORWARD: 14, BACKWARD: 30}[source]
+    )  # seven sizes, two types (and two passes, and delta)
+    assert not [kernel for kernel in kernels if any(int(count) for count in kernel[1:4])]
