@@ -118,7 +118,9 @@ class TrainConfig(Section):
     eval_interval: int | None = Field(default=None, gt=0, description="steps between evaluations; null: none")
     eval_steps: int = Field(default=10, gt=0, description="global batches an evaluation")
     recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="activations computed again in the backward pass"
+        default="none",
+        description="activations computed again in the backward pass: selective: of the attention core (sdpa's "
+        "flash kernel keeps none anyway), full: of whole blocks",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop", description="what a non-finite loss or gradient does"

@@ -30,6 +30,21 @@ def test_shipped_configuration(name: str) -> None:
         assert config.warnings(ranks) == []
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_configuration_says_where_its_tokenizer_comes_from(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.json")
+    kind, _, path = str(config.data.tokenizer).partition(":")
+    if path.startswith("data/"):  # others are written by the example that uses them
+        folder = path.removesuffix("tokenizer.json").rstrip("/") + "/"
+        assert f"into {folder}" in (config.description or ""), kind
+
+
+def test_no_shipped_configuration_recomputes_what_flash_attention_does_not_keep() -> None:
+    assert [
+        name for name in SHIPPED if load_config(CONFIGS / f"{name}.json").train.recompute == "selective"
+    ] == []
+
+
 def test_sizes_are_what_the_names_say() -> None:
     billions = {"gpt2_125m": 0.125, "gpt_1.3b": 1.3, "llama3_8b": 8.03, "llama3_70b": 70.55}
     for name, size in billions.items():
