@@ -76,6 +76,7 @@ def test_sbatch_starts_the_tasks_and_returns_their_status(tmp_path: Path, status
     expand, srun = calls(tmp_path)
     assert expand == "scontrol show hostnames node[7-8]"
     assert srun.startswith("srun node7 23456 12 --kill-on-bad-exit=1 ")
+    assert " --distribution=block:block " in srun, "a tensor group must not span nodes"
     assert srun.endswith(
         "/opt/venv/bin/python pretrain_gpt.py --config configs/tiny.json --set train.steps=3 "
     )
@@ -145,3 +146,7 @@ def test_the_job_runs_a_config_that_fits_its_ranks(manifests: dict[str, Any]) ->
     [path] = re.findall(r"--config (\S+)", script)
     config = load_config(str(ROOT / path), re.findall(r"--set (\S+)", script), None)
     config.check_world(int(options["nnodes"]) * int(options["nproc-per-node"]))
+    # The image has neither data nor tokenizer: they come with the volume.
+    assert {"data.train", "data.tokenizer", "train.output_dir"} == {
+        key for key, path in re.findall(r"--set (\S+)=(?:gpt2:)?(\S+)", script) if path.startswith("/runs/")
+    }
