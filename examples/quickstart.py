@@ -37,20 +37,12 @@ def command(*words: str) -> None:
 
 def write_corpus() -> Path:
     """Python's documentation, cleaned, one JSON object a line."""
-    from megatron_lite.corpus.clean import clean_text
     from megatron_lite.corpus.python_docs import write_python_docs
 
-    raw, cleaned = ROOT / RUN / "raw.jsonl", ROOT / RUN / "docs.jsonl"
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    stats = write_python_docs(raw)
-    print(stats)
-    with raw.open(encoding="utf-8") as source, cleaned.open("w", encoding="utf-8") as target:
-        for line in source:
-            text = clean_text(json.loads(line)["text"], min_characters=32)
-            if text is not None:
-                target.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    print(f"{cleaned.relative_to(ROOT)}: {cleaned.stat().st_size / 1e6:.1f} MB")
-    return cleaned
+    corpus = ROOT / RUN / "docs.jsonl"
+    print(write_python_docs(corpus))
+    print(f"{corpus.relative_to(ROOT)}: {corpus.stat().st_size / 1e6:.1f} MB")
+    return corpus
 
 
 def train_tokenizer(corpus: Path) -> None:

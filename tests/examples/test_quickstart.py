@@ -30,6 +30,7 @@ def test_text_of_this_machine_becomes_a_tokenizer(
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     monkeypatch.setattr(quickstart, "VOCABULARY", 300)
     corpus = quickstart.write_corpus()
+    assert list(corpus.parent.iterdir()) == [corpus], "one pass, one file"
     texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
     assert sum(map(len, texts)) > 1_000_000
     assert all(len(text) >= 32 for text in texts)
