@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
         }
         store(dx + row * cols + col, out);
       });
-  if (partial) write_partial(partial + partial_row() * cols + col, sums);
+  if (partial) store_floats(partial + partial_row() * cols + col, sums);
 }
 
 template <typename T, int kVector>
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kColumnThreads, kColumnBlocks - 1)
         store(dx + (2 * row + 1) * cols + col, up_out);
       });
   if (!partial) return;
-  write_partial(partial + 2 * partial_row() * cols + col, gate_sums);
-  write_partial(partial + (2 * partial_row() + 1) * cols + col, up_sums);
+  store_floats(partial + 2 * partial_row() * cols + col, gate_sums);
+  store_floats(partial + (2 * partial_row() + 1) * cols + col, up_sums);
 }
 
 // Launches a backward kernel and, if there is a bias' gradient to give, sums its partial sums of `width` columns.
@@ -206,7 +206,7 @@ int mlite_cuda_bias_gelu_backward(int dtype, bool tanh, int64_t rows, int64_t co
   return dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVector = 16 / sizeof(T);
-    if (cols % kVector == 0 && aligned(dy, x, bias, dx)) {
+    if (cols % kVector == 0 && aligned(dy, x, bias, dx, workspace)) {
       const auto kernel =
           tanh ? bias_gelu_backward_kernel<T, kVector, true> : bias_gelu_backward_kernel<T, kVector, false>;
       return backward<T, kVector>(kernel, rows, cols, cols, dy, x, bias, dx, dbias, workspace, workspace_rows, stream);
@@ -233,7 +233,7 @@ int mlite_cuda_swiglu_backward(int dtype, int64_t rows, int64_t cols, const void
   return dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVector = 16 / sizeof(T);
-    if (cols % kVector == 0 && aligned(dy, x, bias, dx))
+    if (cols % kVector == 0 && aligned(dy, x, bias, dx, workspace))
       return backward<T, kVector>(swiglu_backward_kernel<T, kVector>, rows, cols, 2 * cols, dy, x, bias, dx, dbias,
                                   workspace, workspace_rows, stream);
     return backward<T, 1>(swiglu_backward_kernel<T, 1>, rows, cols, 2 * cols, dy, x, bias, dx, dbias, workspace,

@@ -50,10 +50,4 @@ __device__ __forceinline__ void for_rows(int64_t rows, Read read, Finish finish)
   }
 }
 
-template <int kVector>
-__device__ __forceinline__ void write_partial(float* to, const float (&sums)[kVector]) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) to[i] = sums[i];
-}
-
 }  // namespace mlite

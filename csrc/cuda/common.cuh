@@ -131,10 +131,11 @@ __device__ __forceinline__ Vector<T, N> load(const T* pointer) {
 #ifdef MLITE_EMULATOR
   emulator::require_aligned(pointer, kAccess);
 #endif
-  Vector<T, N> result;
+  Register registers[kBytes / kAccess];
 #pragma unroll
-  for (int i = 0; i < kBytes / kAccess; ++i)
-    reinterpret_cast<Register*>(&result)[i] = reinterpret_cast<const Register*>(pointer)[i];
+  for (int i = 0; i < kBytes / kAccess; ++i) registers[i] = reinterpret_cast<const Register*>(pointer)[i];
+  Vector<T, N> result;
+  memcpy(&result, registers, kBytes);
   return result;
 }
 
@@ -145,9 +146,18 @@ __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& value) {
 #ifdef MLITE_EMULATOR
   emulator::require_aligned(pointer, kAccess);
 #endif
+  Register registers[kBytes / kAccess];
+  memcpy(registers, &value, kBytes);
 #pragma unroll
-  for (int i = 0; i < kBytes / kAccess; ++i)
-    reinterpret_cast<Register*>(pointer)[i] = reinterpret_cast<const Register*>(&value)[i];
+  for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<Register*>(pointer)[i] = registers[i];
+}
+
+template <int N>
+__device__ __forceinline__ void store_floats(float* pointer, const float (&values)[N]) {
+  Vector<float, N> vector;
+#pragma unroll
+  for (int i = 0; i < N; ++i) vector.v[i] = values[i];
+  store(pointer, vector);
 }
 
 // True if every pointer (null ones aside) can be accessed 16 bytes at a time.

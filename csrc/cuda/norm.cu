@@ -70,8 +70,10 @@ struct Pair {
 
 template <int kVector>
 __device__ __forceinline__ void add_to(float* sums, const float (&more)[kVector], bool first) {
+  float total[kVector];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) sums[i] = first ? more[i] : sums[i] + more[i];
+  for (int i = 0; i < kVector; ++i) total[i] = first ? more[i] : sums[i] + more[i];
+  store_floats(sums, total);
 }
 
 template <typename T, int kVector, int kPer, bool kBias>
@@ -139,11 +141,8 @@ __global__ void __launch_bounds__(kMaxGroup)
   for (int tile = 0; tile < kPer; ++tile) {
     const int col = (tile * blockDim.x + threadIdx.x) * kVector;
     if (col >= cols) continue;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      dweight[col + i] = weight_sums[tile][i];
-      if (kBias) dbias[col + i] = bias_sums[tile][i];
-    }
+    store_floats(dweight + col, weight_sums[tile]);
+    if (kBias) store_floats(dbias + col, bias_sums[tile]);
   }
 }
 
@@ -204,7 +203,7 @@ int mlite_cuda_norm_backward(int dtype, bool rms, int64_t rows, int64_t cols, co
   return dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVector = 16 / sizeof(T);
-    const bool wide = cols % kVector == 0 && aligned(dy, dsum, x, weight, dx);
+    const bool wide = cols % kVector == 0 && aligned(dy, dsum, x, weight, dx, workspace);
     return (wide ? backward<T, kVector> : backward<T, 1>)(
         rms, rows, cols, static_cast<const T*>(dy), static_cast<const T*>(dsum), static_cast<const T*>(x),
         static_cast<const T*>(weight), mean, rstd, static_cast<T*>(dx), dweight, dbias, workspace, workspace_rows,
