@@ -106,7 +106,7 @@ def main() -> None:
     command("tools/evaluate.py", "--load", str(RUN))
     command(
         "tools/generate.py", "--load", str(RUN), "--prompt", PROMPT, "--max-new-tokens", "100",
-        "--temperature", "0.8", "--top-k", "40", "--seed", "1",
+        "--temperature", "0.8", "--top-k", "40", "--seed", "1", "--num-samples", "3",
     )  # fmt: skip
     print(f"\ndone in {time.monotonic() - begin:.0f} s; the run is in {RUN}")
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,12 +15,12 @@ from megatron_lite.config import Config
 from megatron_lite.data.build import build_datasets
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import SampleDataset
-from megatron_lite.data.loader import Batch, DataLoader
+from megatron_lite.data.loader import Batch, DataLoader, make_loader
 from megatron_lite.model.runtime import DTYPES, Runtime
 from megatron_lite.ops import build_ops
 from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
-from megatron_lite.parallel.mesh import Mesh, build_mesh
-from megatron_lite.tokenizers import Tokenizer, load_tokenizer
+from megatron_lite.parallel.mesh import build_mesh
+from megatron_lite.tokenizers import load_tokenizer
 from megatron_lite.training.allocator import set_cpu_allocator
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.metrics import Metrics, peak_memory_gib
@@ -47,7 +48,7 @@ class Run:
     train_loader: DataLoader
     valid: SampleDataset | None
     test: SampleDataset | None
-    make_loader: Callable[[SampleDataset, int, int], DataLoader]
+    loader: Callable[..., DataLoader]  # of a dataset, from consumed_samples on
     metrics: Metrics
     progress: Progress
     stop: StopSignals
@@ -128,7 +129,7 @@ def evaluate(run: Run, name: str, dataset: SampleDataset | None) -> None:
     if dataset is None:
         return
     begin, total, tokens = time.perf_counter(), 0.0, 0.0
-    loader = run.make_loader(dataset, 0, 0)
+    loader = run.loader(dataset)
     steps = min(run.config.train.eval_steps, loader.remaining_steps)
     if steps == 0:
         logger.warning("no %s loss: the data are less than one global batch (%d samples)", name, len(dataset))
@@ -162,16 +163,15 @@ def start(config: Config, launch: Launch) -> Run:
         metrics = Metrics(config, device, mesh.world_size, active=mesh.rank == 0)
     checkpoint = find_start(config)
 
-    def make_loader(dataset: SampleDataset, consumed: int, workers: int) -> DataLoader:
-        return _loader(config, mesh, tokenizer, dataset, consumed, workers)
-
+    eod_id = None if tokenizer is None else tokenizer.eod_id
+    loader = partial(make_loader, config, eod_id=eod_id, data_rank=mesh.data_rank, data_size=mesh.data_size)
     with agreed_failure():
         progress = read_progress(config, checkpoint)
         train_set, valid, test = _datasets(config, progress)
         for dataset, position in ((train_set, progress.consumed_samples), (valid, 0), (test, 0)):
-            loader = None if dataset is None else make_loader(dataset, position, 0)
-            if loader is not None and loader.remaining_steps:
-                loader.next_step()  # data of another tokenizer show themselves at once
+            probe = None if dataset is None else loader(dataset, consumed_samples=position)
+            if probe is not None and probe.remaining_steps:
+                probe.next_step()  # data of another tokenizer show themselves at once
     runtime = Runtime(
         mesh,
         build_ops(config.kernels),
@@ -187,10 +187,12 @@ def start(config: Config, launch: Launch) -> Run:
         with agreed_failure():
             load_checkpoint(engine, checkpoint)
         logger.info("starting from %s at step %d", checkpoint, progress.step)
-    train_loader = make_loader(train_set, progress.consumed_samples, config.data.num_workers)
+    train_loader = loader(
+        train_set, consumed_samples=progress.consumed_samples, num_workers=config.data.num_workers
+    )
     with agreed_failure():  # and together, so that the first step's time is a step's
         metrics.open(progress.step)
-    return Run(config, engine, train_loader, valid, test, make_loader, metrics, progress, stop)
+    return Run(config, engine, train_loader, valid, test, loader, metrics, progress, stop)
 
 
 def _check_same_device(device: torch.device) -> None:
@@ -211,31 +213,6 @@ def _datasets(
     samples = progress.consumed_samples + max(0, train.steps - progress.step) * batch
     held_out = train.eval_steps * batch if train.eval_interval is not None else 0
     return build_datasets(config.data, config.model.seq_length, train.seed, samples, held_out, held_out)
-
-
-def _loader(
-    config: Config,
-    mesh: Mesh,
-    tokenizer: Tokenizer | None,
-    dataset: SampleDataset,
-    consumed: int,
-    workers: int,
-) -> DataLoader:
-    data = config.data
-    return DataLoader(
-        dataset,
-        config.train.micro_batch_size,
-        config.train.global_batch_size,
-        mesh.data_rank,
-        mesh.data_size,
-        eod_id=None if tokenizer is None else tokenizer.eod_id,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        vocab_size=config.model.vocab_size,
-        consumed_samples=consumed,
-        num_workers=workers,
-    )
 
 
 def _log_start(
