@@ -16,30 +16,19 @@ from megatron_lite.config import load_config
 from megatron_lite.parallel.launch import Launch, choose_device, detect_launch
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add, launch = parser.add_argument, Launch()
     add("--config", required=True, metavar="FILE", help="JSON file with every setting")
     add("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override one; may be repeated")
     add("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, merged into the deepspeed section")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments, launch = parse_arguments(), Launch()
+    options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
         launch = detect_launch()
-        config = load_config(
-            arguments.config,
-            arguments.set,
-            arguments.deepspeed_config,
-            world_size=launch.world_size,
-            check_files=True,
-        )
+        files = (options.config, options.set, options.deepspeed_config)
+        config = load_config(*files, world_size=launch.world_size, check_files=True)
         config.check_device(choose_device(config.train.device, launch).type)
         level = config.logging.level.upper() if launch.is_first else "ERROR"
         logging.getLogger("megatron_lite").setLevel(level)
