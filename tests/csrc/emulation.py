@@ -2,6 +2,7 @@
 
 Every call runs under the plain schedule and two adversarial ones and must give the same bits under each. Around each
 tensor's storage lie bytes 0xff (NaN in every float type): what reads beyond a tensor meets NaN, what writes is found.
+The same calls go to the sources as nvcc builds them, on a GPU, where there is one.
 """
 
 import ctypes
@@ -61,6 +62,16 @@ def compiled(*sources: str, edits: tuple[tuple[str, str, str], ...] = ()) -> "Li
 
 
 @cache
+def built_by_nvcc(*sources: str) -> "Library":
+    """The same for the current GPU, whose native code nvcc makes."""
+    library = Path(tempfile.mkdtemp(dir=_folder.name)) / "library.so"
+    files = [str(CSRC / "cuda" / source) for source in sources]
+    flags = ["-std=c++17", "-O3", "-arch=native", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"]
+    subprocess.run(["nvcc", *flags, *files, "-o", str(library)], check=True)
+    return Library(library, "cuda")
+
+
+@cache
 def _fibres() -> str:
     made = Path(_folder.name) / "fibres.o"
     _compile(
@@ -91,9 +102,11 @@ def signatures() -> dict[str, list[Any]]:
 
 
 class Library:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: str = "cpu") -> None:
         self._library = ctypes.CDLL(str(path))
-        self._library.mlite_emulator_error.restype = ctypes.c_char_p
+        self._device = device
+        if device == "cpu":
+            self._library.mlite_emulator_error.restype = ctypes.c_char_p
 
     def call(self, name: str, *arguments: Any, schedules: Sequence[int] = SCHEDULES) -> None:
         """mlite_cuda_NAME(*arguments, stream) in place; tensors go as pointers (views with their offset), None as null.
@@ -106,11 +119,9 @@ class Library:
         results: list[dict[int, Tensor]] = []
         originals = {a.untyped_storage().data_ptr(): a for a in arguments if isinstance(a, Tensor)}
         for schedule in schedules:
-            guarded = {key: _guarded(tensor) for key, tensor in originals.items()}
-            self._library.mlite_emulator_schedule(schedule)
-            code = function(*(_argument(a, guarded) for a in arguments), None)
+            guarded = {key: _guarded(tensor, self._device) for key, tensor in originals.items()}
+            code, words = self._run(function, [_argument(a, guarded) for a in arguments], schedule)
             if code:
-                words = self._library.mlite_emulator_error().decode()
                 raise EmulatorError(f"{name}, schedule {schedule}: error {code}: {words}")
             for buffer in guarded.values():
                 if not (buffer[:GUARD] == 255).all() or not (buffer[-GUARD:] == 255).all():
@@ -122,14 +133,22 @@ class Library:
         for key, tensor in originals.items():
             _bytes(tensor).copy_(results[0][key])
 
+    def _run(self, function: Any, arguments: list[Any], schedule: int) -> tuple[int, str]:
+        if self._device == "cpu":
+            self._library.mlite_emulator_schedule(schedule)
+            return function(*arguments, None), self._library.mlite_emulator_error().decode()
+        code = function(*arguments, torch.cuda.current_stream().cuda_stream)
+        torch.cuda.synchronize()
+        return code, "see cudaError_t"
+
 
 def _bytes(tensor: Tensor) -> Tensor:
     return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
-def _guarded(tensor: Tensor) -> Tensor:
+def _guarded(tensor: Tensor, device: str) -> Tensor:
     content = _bytes(tensor)
-    spare = torch.full((content.numel() + 2 * GUARD + 64,), 255, dtype=torch.uint8)
+    spare = torch.full((content.numel() + 2 * GUARD + 64,), 255, dtype=torch.uint8, device=device)
     start = -spare.data_ptr() % 64  # torch aligns to 64 bytes itself; stated, since the kernels choose by it
     buffer = spare[start : start + content.numel() + 2 * GUARD]
     buffer[GUARD:-GUARD] = content

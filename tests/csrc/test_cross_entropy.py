@@ -30,9 +30,9 @@ def test_cross_entropy(
     )
 
 
-@pytest.mark.parametrize("cols", [16384 + 8, 2051])
-def test_cross_entropy_of_long_rows(cols: int) -> None:
-    check_cross_entropy(compiled("cross_entropy.cu"), 5, cols, torch.bfloat16, padding=3)
+@pytest.mark.parametrize(("rows", "cols"), [(5, 16384 + 8), (5, 2051), (150, 9)])
+def test_cross_entropy_of_long_and_of_many_rows(rows: int, cols: int) -> None:
+    check_cross_entropy(compiled("cross_entropy.cu"), rows, cols, torch.bfloat16, padding=3)
 
 
 @pytest.mark.parametrize("offset", [False, True])

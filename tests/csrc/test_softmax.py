@@ -33,9 +33,16 @@ def test_softmax(
     )
 
 
-@pytest.mark.parametrize(("keys", "offset"), [(16384 + 520, False), (4096 + 3, True)])
-def test_softmax_beyond_the_registers(keys: int, offset: bool) -> None:
-    check_softmax(compiled("softmax.cu"), (1, 1, 3, keys), torch.bfloat16, causal=True, offset=offset)
+@pytest.mark.parametrize(
+    ("queries", "keys", "offset"),
+    [
+        (3, 16384 + 520, False),  # beyond the registers
+        (3, 4096 + 3, True),  # the same, one element at a time
+        (90, 12, False),  # groups of one warp that walk over several rows
+    ],
+)
+def test_softmax_of_long_and_of_many_rows(queries: int, keys: int, offset: bool) -> None:
+    check_softmax(compiled("softmax.cu"), (1, 2, queries, keys), torch.bfloat16, causal=True, offset=offset)
 
 
 @pytest.mark.parametrize("spoil", [math.nan, math.inf, -math.inf])
