@@ -8,18 +8,15 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_lite.config import Config, build_config
 from megatron_lite.data.loader import Batch
-from megatron_lite.model.runtime import Runtime
+from megatron_lite.model.runtime import DTYPES, Runtime
 from megatron_lite.ops import build_ops
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.schedule import learning_rate
 from tests.distributed import run_ranks
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 GPT2 = {"position_embedding": "learned_absolute", "normalization": "LayerNorm", "activation": "gelu_tanh"}
 LLAMA = {

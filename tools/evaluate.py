@@ -14,18 +14,15 @@ import argparse
 import math
 import sys
 
-import torch
-
 from megatron_lite.checkpoint import Reader, resolve
 from megatron_lite.config import Config
 from megatron_lite.data.build import build_dataset
 from megatron_lite.data.loader import DataLoader, make_loader
 from megatron_lite.inference import load_model, read_config
 from megatron_lite.inference.evaluate import mean_loss
+from megatron_lite.model.runtime import DTYPES
 from megatron_lite.parallel.launch import choose_device, detect_launch
 from megatron_lite.tokenizers import load_tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> int:

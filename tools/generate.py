@@ -25,13 +25,13 @@ import torch.distributed as dist
 from megatron_lite.checkpoint import Reader, resolve
 from megatron_lite.inference import check_prompts, generate, load_model, read_config
 from megatron_lite.model.gpt import GPT
+from megatron_lite.model.runtime import DTYPES
 from megatron_lite.parallel.launch import Launch, choose_device, detect_launch, init_distributed
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.tokenizers import Tokenizer, load_tokenizer
 
 log = logging.getLogger("generate")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEPARATOR = "-" * 40
 # A rank waits in a collective while somebody thinks about the next line.
 TIMEOUT_MINUTES, INTERACTIVE_TIMEOUT_MINUTES = 10, 7 * 24 * 60
