@@ -10,6 +10,8 @@
 // streamed tiles:
 //   KeyRows: rows K, V; columns Q, dO of all query heads of the group; sums dK and dV (scores are transposed)
 //   else:    rows Q, dO; columns K, V; sums dQ
+// delta is taken from the rounded output: where probabilities are so peaked that dS cancels below that rounding,
+// a backward pass that keeps the probabilities is more exact.
 // Computing the scores twice costs 7 products of tiles instead of 5, and saves the atomics on dQ, their fp32
 // buffer and the order of sums that changes from run to run.
 #include "attention_launch.cuh"

@@ -22,7 +22,7 @@ struct Sizes {
 
 inline int check(int dtype, const Sizes& s, float scale, const void* segments_q, const void* segments_k,
                  std::initializer_list<Tensor> tensors) {
-  constexpr int64_t most = INT32_MAX - 256;  // room for a tile beyond the end
+  constexpr int64_t most = 1 << 30;  // so that a position, and a sum of two, is an int
   if (dtype == MLITE_F32) return kNotSupported;
   if (dtype != MLITE_BF16 && dtype != MLITE_F16) return kInvalidValue;
   if (s.batch < 0 || s.heads < 0 || s.queries < 0 || s.keys < 0 || s.queries > most || s.keys > most)

@@ -181,35 +181,43 @@ __device__ __forceinline__ SegmentRange segment_range(const int32_t* ids, int be
   return range;
 }
 
-// Calls visit(m, n, e, row, column) for each score that this lane holds of a warp's [16 MT, 8 NT].
-template <int MT, int NT, class Visit>
-__device__ __forceinline__ void for_each_score(Visit visit) {
-  const int lane = threadIdx.x % kWarp;
+// Scores of invisible pairs become -infinity. `row` and `column` are the first of this warp's scores; rows
+// are queries and columns keys, or with KeyRows the other way round. Queries beyond the end keep theirs:
+// nobody reads what comes of them, or their probabilities are zero.
+template <bool KeyRows, int MT, int NT>
+__device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Attention& p, int batch, int row,
+                                            int column) {
+  const int lane = threadIdx.x % kWarp, last_key = p.keys - 1, shift = p.causal ? p.shift() : p.keys;
+  row += lane / 4;
+  column += lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) visit(m, n, e, 16 * m + lane / 4 + e / 2 * 8, 8 * n + lane % 4 * 2 + e % 2);
+      for (int e = 0; e < 4; ++e) {
+        const int r = row + 16 * m + e / 2 * 8, c = column + 8 * n + e % 2;
+        const int query = KeyRows ? c : r, key = KeyRows ? r : c;
+        if (key > min(last_key, query + shift)) s[m][n][e] = -INFINITY;
+      }
     }
   }
-}
-
-// Scores of invisible pairs become -infinity. `row` and `column` are the first of this warp's scores; rows
-// are queries and columns keys, or with KeyRows the other way round.
-template <bool KeyRows, int MT, int NT>
-__device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Attention& p, int batch, int row,
-                                            int column) {
-  for_each_score<MT, NT>([&](int m, int n, int e, int r, int c) {
-    const int query = KeyRows ? column + c : row + r, key = KeyRows ? row + r : column + c;
-    bool visible = query < p.queries && key < p.keys;
-    if (p.causal) visible = visible && key <= query + p.shift();
-    if (p.segments_q != nullptr && visible) {
-      visible = p.segments_q[static_cast<int64_t>(batch) * p.queries + query] ==
-                p.segments_k[static_cast<int64_t>(batch) * p.keys + key];
+  if (p.segments_q == nullptr) return;
+  const int last_row = (KeyRows ? p.keys : p.queries) - 1, last_column = (KeyRows ? p.queries : p.keys) - 1;
+  const int32_t* rows = (KeyRows ? p.segments_k : p.segments_q) + batch * (last_row + int64_t(1));
+  const int32_t* columns = (KeyRows ? p.segments_q : p.segments_k) + batch * (last_column + int64_t(1));
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int id = columns[min(column + 8 * n + e, last_column)];
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        if (id != rows[min(row + 16 * m, last_row)]) s[m][n][e] = -INFINITY;
+        if (id != rows[min(row + 16 * m + 8, last_row)]) s[m][n][e + 2] = -INFINITY;
+      }
     }
-    if (!visible) s[m][n][e] = -INFINITY;
-  });
+  }
 }
 
 }  // namespace mlite

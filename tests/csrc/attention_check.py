@@ -1,0 +1,134 @@
+"""The check of the CUDA attention on the emulator, against float64."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.csrc.emulation import Library
+
+Sizes = tuple[int, int, int, int, int, int]  # batch, heads, groups, queries, keys, head_dim
+SOURCES = ("attention_forward.cu", "attention_backward.cu")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Plain torch: output and log-sum-exp; a query that sees nothing gives zero."""
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    some = seen.any(-1, keepdim=True)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen & some, -math.inf)
+    output = torch.where(some, scores.softmax(-1) @ v, torch.zeros((), dtype=q.dtype))
+    return output, torch.where(some[..., 0], scores.logsumexp(-1), -math.inf)
+
+
+def gradients(tensors: list[Tensor], grad: Tensor, seen: Tensor, scale: float) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    output, _ = attention(leaves[0], leaves[1], leaves[2], seen, scale)
+    return list(torch.autograd.grad(output, leaves, grad))
+
+
+def accurate(ours: Tensor, plain: Tensor, exact: Tensor, size: float) -> None:
+    """Error at most twice that of plain torch, and what rounding does to sums of numbers of this `size` in fp32.
+
+    Beside that a sixteenth of a last place of the largest number; a whole one where there are too few numbers for
+    torch's largest error to mean much.
+    """
+    finite = exact.isfinite()
+    assert torch.equal(ours.isfinite(), finite), "other numbers are finite"
+    assert torch.equal(ours.isnan(), exact.isnan()), "NaN elsewhere"
+    off, allowed = ((x.double() - exact)[finite].abs() for x in (ours, plain))
+    if off.numel():
+        floor = (
+            torch.finfo(ours.dtype).eps * exact[finite].abs().max().item() / (16 if off.numel() > 1000 else 1)
+        )
+        floor += torch.finfo(torch.float32).eps * 64 * size**3
+        worst, bound = off.max().item(), 2 * allowed.nan_to_num().max().item() + floor
+        assert worst <= bound, f"off by {worst:.3g}, where plain torch allows {bound:.3g}"
+
+
+def spaced(values: Tensor) -> Tensor:
+    """The same [b, h, s, d] inside [b, s, h, d + 8], as in a projection's output; NaN lies between."""
+    b, h, s, d = values.shape
+    buffer = torch.full((b, s, h, d + 8), math.nan, dtype=values.dtype)
+    buffer[..., :d] = values.transpose(1, 2)
+    return buffer[..., :d].transpose(1, 2)
+
+
+def gap(view: Tensor) -> Tensor:
+    """What lies between the rows of a `spaced` tensor."""
+    b, h, s, d = view.shape
+    return view.as_strided((b, s, h, 8), (s * h * (d + 8), h * (d + 8), d + 8, 1), d)
+
+
+def given_strides(tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor with its strides, as the interface takes them."""
+    return [x for t in tensors for x in (t, torch.tensor(t.stride()[:3]))]
+
+
+def visible(sizes: Sizes, causal: bool, segments: tuple[Tensor, Tensor] | None) -> Tensor:
+    batch, _, _, queries, keys, _ = sizes
+    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
+    if causal:
+        seen = seen.tril(keys - queries)
+    if segments is not None:
+        seen = seen & (segments[0][:, None, :, None] == segments[1][:, None, None, :])
+    return seen
+
+
+def draw_segments(sizes: Sizes, kind: str, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`documents`: ids that rise, those of the queries being the last of the keys'; `mixed`: in any order."""
+    batch, _, _, queries, keys, _ = sizes
+    if kind == "mixed":
+        return tuple(torch.randint(-1, 2, (batch, n), generator=g).int() for n in (queries, keys))  # type: ignore
+    ids = (torch.rand(batch, queries + keys, generator=g) < 0.03).cumsum(-1).int()
+    return ids[:, keys:].contiguous(), ids[:, queries:].contiguous()
+
+
+def check(
+    library: Library,
+    sizes: Sizes,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    causal: bool = True,
+    segments: str | None = None,
+    backward: bool = True,
+    spoil: float | None = None,
+    size: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Forward, and backward from its results; `spoil` is a number put into the last query."""
+    batch, heads, groups, queries, keys, head_dim = sizes
+    g = torch.Generator().manual_seed(seed)
+    shapes = [
+        (batch, n, length, head_dim) for n, length in ((heads, queries), (groups, keys), (groups, keys))
+    ]
+    q, k, v, do = ((torch.randn(s, generator=g) * size).to(dtype) for s in (*shapes, shapes[0]))
+    if spoil is not None:
+        q[0, 0, -1, 1] = spoil
+    ids = None if segments is None else draw_segments(sizes, segments, g)
+    seen, scale = visible(sizes, causal, ids), head_dim**-0.5
+    first, second = ids if ids is not None else (None, None)
+
+    given = [spaced(x) for x in (q, k, v)]
+    o, lse = spaced(torch.full_like(q, 7)), torch.full((batch, heads, queries), math.nan)
+    problem = [dtype, *sizes, scale, causal, *given_strides(given), first, second]
+    library.call("attention_forward", *problem, *given_strides([o]), lse)
+    exact, exact_lse = attention(q.double(), k.double(), v.double(), seen, scale)
+    plain, _ = attention(q, k, v, seen, scale)
+    accurate(o, plain, exact, size)
+    assert gap(o).isnan().all(), "wrote between the rows"
+    exact_lse[exact_lse == math.inf] = math.nan  # of a query whose probabilities are NaN
+    torch.testing.assert_close(lse, exact_lse.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
+    if not backward:
+        return
+    do = spaced(do)
+    results = [spaced(torch.full_like(x, 7)) for x in (q, k, v)]
+    workspace = torch.full(
+        (batch * heads * (queries + 127) // 128 * 128 * 2 + 256 * heads * batch,), math.nan
+    )
+    strided = [*given_strides([o]), lse, *given_strides([do]), *given_strides(results)]
+    library.call("attention_backward", *problem, *strided, workspace)
+    exact_grads = gradients([q.double(), k.double(), v.double()], do.double(), seen, scale)
+    plain_grads = gradients([q, k, v], do, seen, scale)
+    for ours, plain, exact in zip(results, plain_grads, exact_grads, strict=True):
+        accurate(ours, plain, exact, size)
+        assert gap(ours).isnan().all(), "wrote between the rows"
