@@ -24,8 +24,9 @@ enum MliteDtype { MLITE_F32 = 0, MLITE_BF16 = 1, MLITE_F16 = 2 };
   int mlite_cuda_##name(__VA_ARGS__, void* stream)
 
 // Gradients of weights and biases are summed in two steps without atomics, so that they repeat to the bit: up to
-// `workspace_rows` partial sums of one row each in `workspace`, then their sum in order. Any count from 1 on is right;
-// these give a good one. A workspace holds workspace_rows * width floats; the width stands with the function.
+// `workspace_rows` partial sums of one row each in `workspace`, then their sum in order. Any count from 1 on is right,
+// but the fewer, the longer are the sums in fp32; these give a good one. A workspace holds workspace_rows * width
+// floats; the width stands with the function.
 int64_t mlite_cpu_workspace_rows(int64_t rows, int64_t cols);
 int64_t mlite_cuda_workspace_rows(int64_t rows, int64_t cols);
 

@@ -32,6 +32,11 @@ C_TYPES: dict[str, Any] = {
 _folder = tempfile.TemporaryDirectory(prefix="mlite_emulator_")
 
 
+def new_folder() -> Path:
+    """An empty folder that goes when the process does."""
+    return Path(tempfile.mkdtemp(dir=_folder.name))
+
+
 class EmulatorError(AssertionError):
     """A kernel did what the emulator forbids: a barrier that cannot complete, a misaligned access, …"""
 
@@ -43,7 +48,7 @@ def compiled(*sources: str, edits: tuple[tuple[str, str, str], ...] = ()) -> "Li
     Args:
         edits: (file in csrc/cuda, text that occurs there exactly once, replacement): planted bugs.
     """
-    folder = Path(tempfile.mkdtemp(dir=_folder.name))
+    folder = new_folder()
     for part in ("cuda", "emulator", "include"):
         (folder / part).mkdir()
         for file in (CSRC / part).iterdir():
@@ -64,7 +69,7 @@ def compiled(*sources: str, edits: tuple[tuple[str, str, str], ...] = ()) -> "Li
 @cache
 def built_by_nvcc(*sources: str) -> "Library":
     """The same for the current GPU, whose native code nvcc makes."""
-    library = Path(tempfile.mkdtemp(dir=_folder.name)) / "library.so"
+    library = new_folder() / "library.so"
     files = [str(CSRC / "cuda" / source) for source in sources]
     flags = ["-std=c++17", "-O3", "-arch=native", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"]
     subprocess.run(["nvcc", *flags, *files, "-o", str(library)], check=True)

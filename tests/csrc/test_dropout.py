@@ -13,7 +13,7 @@ def test_the_reference_gives_the_published_words() -> None:
     assert philox_words(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 7),
     cols=st.one_of(st.integers(1, 40), st.just(264)),

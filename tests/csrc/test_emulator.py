@@ -3,13 +3,11 @@
 import ctypes
 import subprocess
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import pytest
 
-from tests.csrc.emulation import CSRC, SCHEDULES
+from tests.csrc.emulation import CSRC, SCHEDULES, new_folder
 
 KERNELS = r"""
 #include "common.cuh"
@@ -81,7 +79,7 @@ INVALID_CONFIGURATION, LAUNCH_FAILURE = 9, 719
 
 @cache
 def library() -> ctypes.CDLL:
-    folder = Path(mkdtemp(prefix="mlite_emulator_"))
+    folder = new_folder()
     (folder / "kernels.cu").write_text(KERNELS, encoding="utf-8")
     files = ["-x", "c++", str(folder / "kernels.cu"), str(CSRC / "emulator" / "fibres.cpp")]
     flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-DMLITE_EMULATOR", "-I", str(CSRC / "cuda")]

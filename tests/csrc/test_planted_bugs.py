@@ -88,7 +88,8 @@ BUGS = {
     "the residual's gradient is forgotten": ("norm.cu", "norm.cu", "dsum ? gradient + out[i] : gradient", "gradient"),
     "wide accesses to rows of odd length": ("norm.cu", "norm.cu", "cols % kVector == 0 && aligned(x,", "aligned(x,"),
     "wide accesses to misaligned pointers": (
-        "norm.cu", "norm.cu", "cols % kVector == 0 && aligned(dy, dsum, x, weight, dx)", "cols % kVector == 0"
+        "norm.cu", "norm.cu", "cols % kVector == 0 && aligned(dy, dsum, x, weight, dx, workspace)",
+        "cols % kVector == 0",
     ),
     "a row too many": (
         "activations.cu", "columns.cuh", "if (row + i * step < rows) finish", "if (row + i * step <= rows) finish"
