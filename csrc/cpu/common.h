@@ -10,6 +10,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "functions.h"
 
 #define MLITE_JOIN_(a, b) a##_##b
@@ -74,10 +78,27 @@ MLITE_INLINE inline void store_raw(T* p, Vector v, int count) {
   for (int i = 0; i < count; ++i) p[i] = elements[i];
 }
 
+// Of each of these the compiler knows the general form, but makes several instructions where there is one.
+#if defined(__AVX512F__)
+// (The forms with a mask, all ones, because GCC 12 warns of its own definition of those without.)
+MLITE_INLINE inline Words widen(Halves x) {
+  return bit_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(x)));
+}
+MLITE_INLINE inline Halves narrow(Words x) {
+  return bit_cast<Halves>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(x)));
+}
+#elif defined(__AVX2__)
+MLITE_INLINE inline Words widen(Halves x) { return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(x))); }
+MLITE_INLINE inline Halves narrow(Words x) { return __builtin_convertvector(x, Halves); }
+#else
+MLITE_INLINE inline Words widen(Halves x) { return __builtin_convertvector(x, Words); }
+MLITE_INLINE inline Halves narrow(Words x) { return __builtin_convertvector(x, Halves); }
+#endif
+
 MLITE_INLINE inline Floats load(const float* p, int count) { return load_raw<Floats>(p, count); }
 MLITE_INLINE inline Floats load(const bf16* p, int count) {
   const Halves bits = load_raw<Halves>(reinterpret_cast<const uint16_t*>(p), count);
-  return bit_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+  return bit_cast<Floats>(widen(bits) << 16);
 }
 
 MLITE_INLINE inline void store(float* p, Floats x, int count) { store_raw(p, x, count); }
@@ -86,7 +107,7 @@ MLITE_INLINE inline void store(bf16* p, Floats x, int count) {
   const Words bits = bit_cast<Words>(x);
   const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   const Words chosen = x == x ? rounded : (bits >> 16 | 0x40u);
-  store_raw(reinterpret_cast<uint16_t*>(p), __builtin_convertvector(chosen, Halves), count);
+  store_raw(reinterpret_cast<uint16_t*>(p), narrow(chosen), count);
 }
 
 MLITE_INLINE inline float to_float(float x) { return x; }
@@ -126,7 +147,7 @@ MLITE_INLINE inline float max_of(const Floats (&parts)[n]) {
 }
 
 // exp to about one unit in the last place, denormal results included: 2^n e^r with |r| <= log(2) / 2, and e^r =
-// 1 + r + r^2 q(r), where q is a least-squares fit.
+// 1 + r + r^2 p(r), where p is a least-squares fit.
 MLITE_INLINE inline Floats exp(Floats x) {
   // Beyond these bounds the result is 0 or inf anyhow; NaN passes both comparisons.
   x = x < -105.0f ? splat(-105.0f) : x;
@@ -140,10 +161,15 @@ MLITE_INLINE inline Floats exp(Floats x) {
   q = q * r + 0.0416695476f;
   q = q * r + 0.166665182f;
   q = q * r + 0.499999881f;
-  const Floats e = (q * r) * r + r + 1.0f;
+  q = q * r + 1.0f;
+  q = q * r + 1.0f;
+#ifdef __AVX512F__
+  return _mm512_maskz_scalef_ps(0xffff, q, n);
+#else
   // Two factors, because 2^n alone may be beyond the normal numbers.
   const Ints whole = bit_cast<Ints>(shifted) - bit_cast<Ints>(magic), half = whole >> 1;
-  return e * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((whole - half + 127) << 23);
+  return q * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((whole - half + 127) << 23);
+#endif
 }
 
 constexpr int kUnroll = 4;  // accumulators: as many additions as a core has in flight

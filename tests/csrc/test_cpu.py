@@ -252,6 +252,16 @@ def test_every_bf16_number_passes_unchanged(library: CpuLibrary) -> None:
     assert torch.equal(y.view(torch.int16)[~x.isnan()], x.view(torch.int16)[~x.isnan()])
 
 
+def test_rounding_to_bf16_keeps_any_nan(library: CpuLibrary) -> None:
+    """One whose bits are all ones, too, which rounding up alone would turn into -0."""
+    grad = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    y, none = torch.ones(1, 24, dtype=torch.bfloat16), torch.tensor([-1])
+    library.call(
+        "cross_entropy_grad", torch.bfloat16, 1, 24, 24, 0, y, none, torch.ones(1), torch.ones(1), grad, 0.0
+    )
+    assert y.isnan().all()
+
+
 def test_exp_is_within_two_units_in_the_last_place(library: CpuLibrary) -> None:
     """Seen through the gradient of cross entropy where maximum, sum and factor are 0, 1 and 1."""
     x = torch.cat([torch.linspace(-110, 95, 100_003), torch.tensor([-1e30, -200.0, 200.0, 1e30, 0.0])])
