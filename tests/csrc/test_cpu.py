@@ -126,6 +126,34 @@ def test_norm(library: CpuLibrary, rows: int, cols: int, dtype: torch.dtype, **o
     checks.check_norm(library, rows, cols, dtype, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_may_overwrite_its_input(library: CpuLibrary, dtype: torch.dtype) -> None:
+    rows, cols, g = 3, 77, torch.Generator().manual_seed(0)
+    x, dy, weight = (
+        checks.numbers(g, *shape, dtype=dtype) for shape in ((rows, cols), (rows, cols), (cols,))
+    )
+    mean, rstd, dweight, workspace = (
+        torch.zeros(rows),
+        torch.zeros(rows),
+        torch.zeros(cols),
+        torch.zeros(2, cols),
+    )
+
+    def run(y: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        kept = x.clone()
+        library.call(
+            "norm_forward", dtype, False, rows, cols, 1e-5, x, None, weight, None, y, None, mean, rstd
+        )
+        library.call(
+            "norm_backward", dtype, False, rows, cols, dy, None, kept, weight, mean, rstd, dx, dweight, None,
+            workspace, 2,
+        )  # fmt: skip
+        return y, dx
+
+    apart = run(torch.zeros_like(x), torch.zeros_like(dy))
+    assert all(torch.equal(a, b) for a, b in zip(run(x, dy), apart, strict=True))
+
+
 @few
 @given(
     library=LIBRARY,
