@@ -16,7 +16,7 @@ from megatron_lite.parallel.mesh import Mesh
 
 # DeepSpeed's zero.Init replaces torch.empty and torch.zeros by versions that change the dtype; initial values are
 # drawn in fp32 with the originals, so that ZeRO-3 starts from the same weights as every other layout.
-_empty, _zeros, _ones = torch.empty, torch.zeros, torch.ones
+_empty, _zeros = torch.empty, torch.zeros
 
 # Elements drawn from one generator: bounds the memory of initialisation whatever the parameter's size.
 _DRAW_BLOCK = 1 << 22

@@ -8,7 +8,7 @@ import importlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -177,14 +177,14 @@ class Engine:
             averaged.update(dict.fromkeys(averaged))
         return StepResult(float(loss), norm, overflow or not math.isfinite(norm))
 
-    def _fragments(self) -> list[optimizer_state.Fragment]:
-        held = [p for p in self.module.parameters() if not getattr(p, "ds_pipe_replicated", False)]
-        return optimizer_state.fragments(held, self.optimizer, self.deepspeed.optimizer)
+    def _fragments(self, parameters: Iterable[nn.Parameter]) -> list[optimizer_state.Fragment]:
+        return optimizer_state.fragments(list(parameters), self.optimizer, self.deepspeed.optimizer)
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank writes into a checkpoint: fp32 masters and Adam moments."""
+        """What this rank writes into a checkpoint: fp32 masters and Adam moments, but not of tied copies."""
+        held = (p for p in self.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
         return optimizer_state.pieces(
-            self._fragments(), self.optimizer, self.mesh, replicated=self.config.zero_stage == 0
+            self._fragments(held), self.optimizer, self.mesh, replicated=self.config.zero_stage == 0
         )
 
     def state(self) -> dict[str, Any]:
@@ -210,16 +210,11 @@ class Engine:
         with torch.no_grad():
             for parameter in self.module.parameters():
                 self._load_weight(parameter, reader)
-        owned = list(self._all_fragments())
+        owned = self._fragments(self.module.parameters())
         steps = None if weights_only else int(state.get("optimizer_steps", 0))
         optimizer_state.load_pieces(owned, self.optimizer, reader, steps)
         if not weights_only:
             self._loss_scaler().update(state.get("loss_scaler", {}))
-
-    def _all_fragments(self) -> list[optimizer_state.Fragment]:
-        return optimizer_state.fragments(
-            list(self.module.parameters()), self.optimizer, self.deepspeed.optimizer
-        )
 
     def _load_weight(self, parameter: Any, reader: Reader) -> None:
         """The working copy of a weight, in the training precision: whole, or this rank's part under ZeRO-3."""
