@@ -115,6 +115,11 @@ class TrainConfig(Section):
     exit_after_steps: int | None = Field(
         default=None, gt=0, description="save and end after this many steps of this job; null: at steps"
     )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="factor of log(Z)^2 in the training loss (reported with it), against drift of logits",
+    )
     eval_interval: int | None = Field(default=None, gt=0, description="steps between evaluations; null: none")
     eval_steps: int = Field(default=10, gt=0, description="global batches an evaluation")
     recompute: Literal["none", "selective", "full"] = Field(

@@ -33,7 +33,7 @@ def mean_loss(model: GPT, loader: DataLoader, steps: int) -> tuple[float, int]:
                 for array in (batch.position_ids, batch.segments)
             )
             logits = model(tokens, runtime.context(positions, segments))
-            losses = vocab_parallel_cross_entropy(logits, labels, runtime.mesh, vocab_size)
+            losses = vocab_parallel_cross_entropy(logits, labels, runtime.mesh, vocab_size, runtime.ops)
             total += float((losses * mask).sum(dtype=torch.float64))
             count += float(mask.sum(dtype=torch.float64))
     if count == 0:

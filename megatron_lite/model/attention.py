@@ -9,8 +9,9 @@ from megatron_lite.config import ModelConfig
 from megatron_lite.model.norm import Norm
 from megatron_lite.model.rotary import Rotary
 from megatron_lite.model.runtime import Context, Runtime
+from megatron_lite.ops import ProbabilityDropout
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_lite.parallel.random import dropout_mask, place_seed
+from megatron_lite.parallel.random import place_seed
 
 
 class Attention(nn.Module):
@@ -79,12 +80,14 @@ class Attention(nn.Module):
         assert self.rotary is not None
         limit = q.size(2) if context.cache is None else context.cache.capacity
         cos, sin = self.rotary(context.positions, limit, q.device)
-        return self.ops.rotary(q, cos, sin), self.ops.rotary(k, cos, sin)
+        return self.ops.rotary(q, k, cos, sin)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        drop = None
+        dropout = None
         if self.dropout > 0 and self.training:
-            shape = (*q.shape[:3], k.size(2))
             seed = place_seed(context.dropout_seed, f"{self.name}.probabilities")
-            drop = dropout_mask(shape, self.dropout, seed, self.mesh, 1, q)
-        return self.ops.attention(q, k, v, mask=context.attention_mask, dropout_mask=drop)
+            heads = q.size(1)
+            dropout = ProbabilityDropout(
+                self.dropout, seed, self.mesh.tensor_rank * heads, self.mesh.tensor_size * heads
+            )
+        return self.ops.attention(q, k, v, documents=context.documents, dropout=dropout)

@@ -23,7 +23,8 @@ class Block(nn.Module):
         self, name: str, layer: int, config: ModelConfig, runtime: Runtime, rotary: Rotary | None
     ) -> None:
         super().__init__()
-        self.name, self.mesh, self.dropout = name, runtime.mesh, config.hidden_dropout
+        self.name, self.mesh, self.ops = name, runtime.mesh, runtime.ops
+        self.dropout = config.hidden_dropout
         self.recompute = runtime.recompute == "full"
         self.input_layernorm = Norm(f"{name}.input_layernorm", config.hidden_size, config, runtime)
         self.attention = Attention(f"{name}.attention", layer, config, runtime, rotary)
@@ -37,15 +38,12 @@ class Block(nn.Module):
         return self._forward(hidden, context)
 
     def _forward(self, hidden: Tensor, context: Context) -> Tensor:
-        hidden = hidden + self._drop(
-            self.attention(self.input_layernorm(hidden), context), "attention", context
-        )
-        return hidden + self._drop(self.mlp(self.pre_mlp_layernorm(hidden)), "mlp", context)
+        branch = self._drop(self.attention(self.input_layernorm(hidden), context), "attention", context)
+        normed, hidden = self.pre_mlp_layernorm(branch, hidden)
+        return hidden + self._drop(self.mlp(normed), "mlp", context)
 
     def _drop(self, branch: Tensor, place: str, context: Context) -> Tensor:
         if self.dropout == 0 or not self.training:
             return branch
         seed = place_seed(context.dropout_seed, f"{self.name}.{place}")
-        return dropout(
-            branch, self.dropout, seed, self.mesh, shard_dim=1 if self.mesh.sequence_parallel else None
-        )
+        return dropout(branch, self.dropout, seed, self.mesh, self.ops, sharded=self.mesh.sequence_parallel)

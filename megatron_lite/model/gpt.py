@@ -29,7 +29,8 @@ class Position(nn.Module):
 
     def __init__(self, name: str, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
-        self.name, self.mesh, self.dropout = name, runtime.mesh, config.hidden_dropout
+        self.name, self.mesh, self.ops = name, runtime.mesh, runtime.ops
+        self.dropout = config.hidden_dropout
         self.weight = None
         if config.position_embedding == "learned_absolute":
             self.weight = runtime.build.parameter(
@@ -44,14 +45,15 @@ class Position(nn.Module):
             )
             hidden = hidden + rows
         if self.dropout > 0 and self.training:
-            hidden = dropout(hidden, self.dropout, place_seed(context.dropout_seed, self.name), self.mesh)
+            seed = place_seed(context.dropout_seed, self.name)
+            hidden = dropout(hidden, self.dropout, seed, self.mesh, self.ops)
         return scatter_to_sequence_region(hidden, self.mesh) if self.mesh.sequence_parallel else hidden
 
 
 class FinalNorm(Norm):
     """The last norm as a layer of the list: ignores the context."""
 
-    def forward(self, hidden: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context | None = None) -> Tensor:  # type: ignore[override]
         return super().forward(hidden)
 
 

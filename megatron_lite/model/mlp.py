@@ -19,10 +19,15 @@ class MLP(nn.Module):
     def __init__(self, name: str, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
         build, ffn, std, bias = runtime.build, config.ffn_size, config.init_method_std, config.add_bias_linear
-        self.activation = getattr(runtime.ops, config.activation)
         out_shape = (2, ffn) if config.activation == "swiglu" else (ffn,)
         self.linear_fc1 = ColumnParallelLinear(
-            f"{name}.linear_fc1", config.hidden_size, out_shape, build, bias=bias, std=std
+            f"{name}.linear_fc1",
+            config.hidden_size,
+            out_shape,
+            build,
+            bias=bias,
+            std=std,
+            activation=getattr(runtime.ops, config.activation),
         )
         self.linear_fc2 = RowParallelLinear(
             f"{name}.linear_fc2",
@@ -34,4 +39,4 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_fc2(self.activation(self.linear_fc1(x)))
+        return self.linear_fc2(self.linear_fc1(x))

@@ -1,5 +1,7 @@
 """The normalization layer: LayerNorm or RMSNorm, by configuration."""
 
+from typing import overload
+
 from torch import Tensor, nn
 
 from megatron_lite.config import ModelConfig
@@ -29,10 +31,21 @@ class Norm(nn.Module):
         bias = config.add_bias_linear and not self.rms
         self.bias = build.parameter(f"{name}.bias", (size,)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual, the norm of x + residual and that sum."""
         use = copy_to_tensor_region if self.sharded_input else replicated
         weight = use(self.weight, self.mesh)
-        if self.rms:
-            return self.ops.rms_norm(x, weight, self.eps)
         bias = None if self.bias is None else use(self.bias, self.mesh)
-        return self.ops.layer_norm(x, weight, bias, self.eps)
+        if residual is None:
+            if self.rms:
+                return self.ops.rms_norm(x, weight, self.eps)
+            return self.ops.layer_norm(x, weight, bias, self.eps)
+        if self.rms:
+            return self.ops.add_rms_norm(x, residual, weight, self.eps)
+        return self.ops.add_layer_norm(x, residual, weight, bias, self.eps)

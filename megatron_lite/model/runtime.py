@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import Ops
+from megatron_lite.ops import Documents, Ops
 from megatron_lite.parallel.layers import Build
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import derive_seed
@@ -69,13 +69,12 @@ class Context:
     dropout_seed: int = 0
 
     @cached_property
-    def attention_mask(self) -> Tensor | None:
-        """[b, 1, s, t] bool, True where attention is allowed; None where plain causal attention is meant."""
+    def documents(self) -> Documents | None:
+        """The segments as attention takes them; None where plain causal attention is meant."""
         if self.segments is None:
             return None
-        keys = self.segments if self.cache is None else self.cache.segments
-        assert keys is not None, "segments for the new tokens, but none for those in the cache"
-        same = self.segments.unsqueeze(-1) == keys.unsqueeze(-2)
-        queries, total = self.segments.size(-1), keys.size(-1)
-        causal = torch.ones(queries, total, dtype=torch.bool, device=keys.device).tril(total - queries)
-        return (same & causal).unsqueeze(1)
+        queries = self.segments.int().contiguous()
+        if self.cache is None:
+            return Documents(queries, queries)
+        assert self.cache.segments is not None, "segments for the new tokens, but none for those in the cache"
+        return Documents(queries, self.cache.segments.int().contiguous())

@@ -23,8 +23,14 @@ class Ops:
     gelu: Callable[..., Tensor] = reference.gelu
     gelu_tanh: Callable[..., Tensor] = reference.gelu_tanh
     swiglu: Callable[..., Tensor] = reference.swiglu
-    rotary: Callable[..., Tensor] = reference.rotary
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_layer_norm
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_rms_norm
+    rotary: Callable[..., tuple[Tensor, Tensor]] = reference.rotary
+    dropout: Callable[..., Tensor] = reference.dropout
+    softmax: Callable[..., Tensor] = reference.softmax
     attention: Callable[..., Tensor] = reference.attention
+    cross_entropy_stats: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.cross_entropy_stats
+    cross_entropy_grad: Callable[..., Tensor] = reference.cross_entropy_grad
     chosen: dict[str, str] = field(default_factory=dict)
 
 

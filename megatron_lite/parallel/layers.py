@@ -5,6 +5,7 @@ input features and returns to the layout between sublayers (Megatron-LM, arXiv:1
 At tensor-parallel size 1 all of them are the plain layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,16 +71,25 @@ class ColumnParallelLinear(nn.Module):
         in_features: size of x's last dimension.
         out_shape: shape of the output features: `(n,)`, or `(k, n)` for k projections computed by one GEMM, each
             sharded apart (gate and up of a gated MLP); then the output is [..., k * n / t].
+        activation: `activation(y, bias)` is applied to y = x W^T, so that one kernel adds the bias, too.
 
     Shapes:
         x [b, s, in] (or [b, s/t, in] under sequence parallelism) -> [b, s, out/t].
     """
 
     def __init__(
-        self, name: str, in_features: int, out_shape: tuple[int, ...], build: Build, *, bias: bool, std: float
+        self,
+        name: str,
+        in_features: int,
+        out_shape: tuple[int, ...],
+        build: Build,
+        *,
+        bias: bool,
+        std: float,
+        activation: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.mesh = build.mesh
+        self.mesh, self.activation = build.mesh, activation
         dim = len(out_shape) - 1
         self.weight = build.parameter(f"{name}.weight", (*out_shape, in_features), dim=dim, std=std)
         self.bias = build.parameter(f"{name}.bias", out_shape, dim=dim) if bias else None
@@ -87,7 +97,10 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = enter_tensor_region(x, self.mesh)
         bias = None if self.bias is None else self.bias.flatten()
-        return F.linear(x, self.weight.flatten(0, -2), bias)
+        weight = self.weight.flatten(0, -2)
+        if self.activation is None:
+            return F.linear(x, weight, bias)
+        return self.activation(F.linear(x, weight), bias)
 
 
 class RowParallelLinear(nn.Module):

@@ -146,6 +146,13 @@ class Engine:
         scale = len(batches) * self.mesh.data_size / max(total, 1.0)
         return [(mask * scale).to(self.runtime.device) for mask in masks], total
 
+    def token_loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """The weighted loss of a micro-batch, with the z-loss while training."""
+        vocab_size = self.config.model.vocab_size
+        assert vocab_size is not None
+        z_loss = self.config.train.z_loss if self.module.training else 0.0
+        return weighted_loss(logits, labels, weights, self.mesh, vocab_size, self.runtime.ops, z_loss=z_loss)
+
     def extras(self, batch: Batch) -> dict[str, Any]:
         """Positions and segments of a micro-batch, where the configuration restarts them at documents."""
         arrays = {"positions": batch.position_ids, "segments": batch.segments}
@@ -292,8 +299,7 @@ class PlainEngine(Engine):
     def _loss(self, batch: Batch, weights: Tensor) -> Tensor:
         tokens, labels = (torch.from_numpy(a).to(self.runtime.device) for a in (batch.tokens, batch.labels))
         logits = self.deepspeed(tokens, self.runtime.context(**self.extras(batch)))
-        assert self.config.model.vocab_size is not None
-        return weighted_loss(logits, labels, weights, self.mesh, self.config.model.vocab_size)
+        return self.token_loss(logits, labels, weights)
 
     def _mean(self, total: Tensor, count: int) -> Tensor:
         total = total / count
@@ -361,8 +367,7 @@ class StagedEngine(Engine):
 
     def _loss(self, outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        assert self.config.model.vocab_size is not None
-        return weighted_loss(logits, *targets, self.mesh, self.config.model.vocab_size)
+        return self.token_loss(logits, *targets)
 
 
 def build_engine(config: Config, runtime: Runtime) -> Engine:

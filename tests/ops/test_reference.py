@@ -1,13 +1,15 @@
 """The definitions: against formulas written out in float64, and torch's own where it has them."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lite.ops import reference
+from megatron_lite.ops import Documents, ProbabilityDropout, reference
+from megatron_lite.ops.philox import dropout_factor, philox
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
@@ -76,18 +78,21 @@ def test_rotary(dtype: torch.dtype, dim: int) -> None:
             a, b = x[:, :, s, i].double(), x[:, :, s, i + dim // 2].double()
             expected[:, :, s, i] = a * math.cos(angle) - b * math.sin(angle)
             expected[:, :, s, i + dim // 2] = b * math.cos(angle) + a * math.sin(angle)
-    assert_near(reference.rotary(x, cos.float(), sin.float()), expected, dtype)
+    q, k = reference.rotary(x, x[:, :1], cos.float(), sin.float())
+    assert_near(q, expected, dtype)
+    assert_near(k, expected[:, :1], dtype)
 
 
 def test_rotary_by_given_positions() -> None:
     x = values(2, 3, 5, 8).float()
     cos, sin = (table.float() for table in rotary_tables(torch.arange(20), 8))
     positions = torch.tensor([[0, 1, 0, 1, 2], [7, 3, 3, 19, 0]])
-    found = reference.rotary(x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
+    found, _ = reference.rotary(x, x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
     for b in range(2):
         for s in range(5):
             at = positions[b, s]
-            alone = reference.rotary(x[b : b + 1, :, s : s + 1], cos[at : at + 1], sin[at : at + 1])
+            one = x[b : b + 1, :, s : s + 1]
+            alone, _ = reference.rotary(one, one, cos[at : at + 1], sin[at : at + 1])
             torch.testing.assert_close(found[b, :, s], alone[0, :, 0])
 
 
@@ -96,7 +101,7 @@ def test_rotary_makes_scores_depend_on_distance() -> None:
 
     def score(at: int, other: int) -> float:
         tables = [[t.float() for t in rotary_tables(torch.tensor([p]), 8)] for p in (at, other)]
-        a, b = (reference.rotary(x.float(), *t) for x, t in zip((q, k), tables, strict=True))
+        a, b = (reference.rotary(x.float(), x.float(), *t)[0] for x, t in zip((q, k), tables, strict=True))
         return (a * b).sum().item()
 
     assert score(3, 1) == pytest.approx(score(12, 10), rel=1e-4)
@@ -126,10 +131,10 @@ def causal(s: int, t: int) -> Tensor:
     return torch.tensor([[key <= query + t - s for key in range(t)] for query in range(s)]).view(1, 1, s, t)
 
 
-def documents(segments: list[list[int]]) -> Tensor:
-    numbers = torch.tensor(segments)
+def documents(segments: list[list[int]]) -> tuple[Documents, Tensor]:
+    numbers = torch.tensor(segments).int()
     same = numbers[:, :, None] == numbers[:, None, :]
-    return (same & causal(numbers.size(1), numbers.size(1))[0]).unsqueeze(1)
+    return Documents(numbers, numbers), (same & causal(numbers.size(1), numbers.size(1))[0]).unsqueeze(1)
 
 
 SHAPES = [(4, 4, 6, 6), (4, 2, 6, 6), (4, 1, 6, 6), (4, 2, 1, 6), (4, 4, 2, 6), (6, 3, 1, 1)]
@@ -152,15 +157,29 @@ def test_causal_attention(dtype: torch.dtype, heads: int, groups: int, s: int, t
 
 def test_masked_attention() -> None:
     q, k, v = tensors(4, 2, 6, 6, torch.float32)
-    mask = documents([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, -1, -1]])
-    assert_near(reference.attention(q, k, v, mask=mask), defined_attention(q, k, v, mask), torch.float32)
+    given, mask = documents([[0, 0, 1, 1, 0, 2], [0, 0, 0, 0, -1, -1]])
+    found = reference.attention(q, k, v, documents=given)
+    assert_near(found, defined_attention(q, k, v, mask), torch.float32)
+
+
+def test_a_query_that_sees_no_key() -> None:
+    q, k, v = (t.requires_grad_() for t in tensors(4, 2, 3, 6, torch.float32))
+    queries, keys = torch.tensor([[0, 9, 1]] * 2).int(), torch.tensor([[0, 0, 0, 1, 1, 1]] * 2).int()
+    found = reference.attention(q, k, v, documents=Documents(queries, keys))
+    assert not found[:, :, 1].any() and found[:, :, 2].abs().min() > 0
+    found.sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (q, k, v))
 
 
 def test_dropped_probabilities() -> None:
     q, k, v = tensors(4, 2, 6, 6, torch.float32)
-    drop = (torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(1)) > 0.3) / 0.7
+    dropout = ProbabilityDropout(0.3, 5)
+    drop = dropout_factor(torch.zeros(1, dtype=torch.int64), 2 * 4 * 6 * 6, 0.3, 5).view(2, 4, 6, 6)
     expected = defined_attention(q, k, v, causal(6, 6), drop)
-    assert_near(reference.attention(q, k, v, dropout_mask=drop), expected, torch.float32)
+    assert_near(reference.attention(q, k, v, dropout=dropout), expected, torch.float32)
+    mine = ProbabilityDropout(0.3, 5, first_head=2, heads=4)
+    half = reference.attention(q[:, 2:], k[:, 1:], v[:, 1:], dropout=mine)
+    assert_near(half, expected[:, 2:], torch.float32)
 
 
 def test_softmax_is_taken_in_fp32() -> None:
@@ -182,8 +201,9 @@ def test_expand_groups() -> None:
 
 def test_gradients_of_attention() -> None:
     q, k, v = (t.requires_grad_() for t in tensors(4, 2, 3, 3, torch.float64))
-    mask = documents([[0, 0, 1], [0, 1, 1]])
-    drop = torch.tensor([0.0, 2.0]).repeat(2 * 4 * 9 // 2).view(2, 4, 3, 3).double()
+    given, mask = documents([[0, 0, 1], [0, 1, 1]])
+    dropout = ProbabilityDropout(0.5, 3)
+    drop = reference.probability_factor(torch.zeros(2, 4, 3, 3, dtype=torch.float64), dropout)
 
     def attend(*qkv: Tensor) -> Tensor:
         # In float64 all the way: the definition's fp32 softmax is too coarse for finite differences.
@@ -194,7 +214,7 @@ def test_gradients_of_attention() -> None:
     attend(q, k, v).sum().backward()
     exact = [t.grad.clone() for t in (q, k, v) if t.grad is not None]
     low = [t.detach().float().requires_grad_() for t in (q, k, v)]
-    reference.attention(*low, mask=mask, dropout_mask=drop.float()).sum().backward()
+    reference.attention(*low, documents=given, dropout=dropout).sum().backward()
     for found, expected in zip(low, exact, strict=True):
         assert found.grad is not None and found.grad.isfinite().all()
         torch.testing.assert_close(found.grad.double(), expected, rtol=1e-5, atol=1e-6)
@@ -203,3 +223,40 @@ def test_gradients_of_attention() -> None:
 def test_gelu_is_torchs() -> None:
     x = values(100).float()
     assert torch.equal(reference.gelu(x), F.gelu(x))
+
+
+def test_the_sum_of_a_residual_and_its_norm() -> None:
+    x, residual, weight, bias = values(3, 8), values(3, 8, seed=1), values(8, seed=2), values(8, seed=3)
+    y, total = reference.add_layer_norm(x, residual, weight, bias, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, reference.layer_norm(x + residual, weight, bias, 1e-5))
+    y, total = reference.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, reference.rms_norm(x + residual, weight, 1e-5))
+
+
+@pytest.mark.parametrize("activation", [reference.gelu, reference.gelu_tanh, reference.swiglu])
+def test_activations_add_a_bias(activation: Callable[..., Tensor]) -> None:
+    x, bias = values(3, 8), values(8, seed=1)
+    assert torch.equal(activation(x, bias), activation(x + bias))
+    assert not torch.equal(activation(x, bias), activation(x))
+
+
+def test_philox_draws_the_published_numbers() -> None:
+    """A known answer of Random123, the authors' library: counter and key of all zeros."""
+    words = [int(word) for word in philox(torch.zeros((), dtype=torch.int64), 0)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_dropout_is_a_function_of_seed_and_global_index() -> None:
+    x = torch.ones(6, 10)
+    whole = reference.dropout(x, 0.25, 7)
+    assert torch.equal(whole[2:4], reference.dropout(x[2:4], 0.25, 7, offset=20))
+    part = reference.dropout(x[:, 4:7], 0.25, 7, offset=4, row_stride=10)
+    assert torch.equal(whole[:, 4:7], part), "columns, at no multiple of four"
+    aligned = reference.dropout(torch.ones(6, 12), 0.25, 7)
+    assert torch.equal(aligned[:, 4:8], reference.dropout(torch.ones(6, 4), 0.25, 7, offset=4, row_stride=12))
+    assert torch.equal(aligned.flatten()[:60], whole.flatten())
+    assert not torch.equal(whole, reference.dropout(x, 0.25, 8))
+    assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert not reference.dropout(x, 1.0, 7).any() and torch.equal(reference.dropout(x, 0.0, 7), x)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.ops import Ops
 from megatron_lite.parallel.loss import vocab_parallel_cross_entropy, weighted_loss
 from megatron_lite.parallel.mesh import Mesh, build_mesh
 from tests.distributed import run_ranks
@@ -26,13 +27,15 @@ def whole(vocab: int, padded: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return logits, labels, torch.rand(SHAPE, generator=generator)
 
 
-def on_ranks(tensor: int, vocab: int, padded: int, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def on_ranks(
+    tensor: int, vocab: int, padded: int, kind: str, dtype: torch.dtype, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     mesh = build_mesh(tensor) if tensor > 1 else Mesh()
     logits, labels, weights = whole(vocab, padded, kind)
     mine = logits.to(dtype).chunk(tensor, -1)[mesh.tensor_rank].clone().requires_grad_()
     before = mine.detach().clone()
-    losses = vocab_parallel_cross_entropy(mine, labels, mesh, vocab)
-    assert torch.equal(mine, before), "the logits were changed"
+    losses = vocab_parallel_cross_entropy(mine, labels, mesh, vocab, Ops(), z_loss=z_loss)
+    assert torch.equal(mine, before), "the forward pass changed the logits"
     (losses * weights).sum().backward()
     assert mine.grad is not None and mine.grad.dtype == dtype
     return losses.detach(), mine.grad
@@ -78,5 +81,29 @@ def test_weighted_loss() -> None:
     logits, labels, weights = whole(13, 16, "normal")
     weights[1] = 0
     expected = F.cross_entropy(logits[0, :, :13], labels[0], reduction="none") @ weights[0]
-    found = weighted_loss(logits, labels, weights, Mesh(), 13)
+    found = weighted_loss(logits, labels, weights, Mesh(), 13, Ops())
     assert found.shape == () and found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_z_loss(tensor: int) -> None:
+    """PaLM's auxiliary term, over the whole vocabulary, in value and gradient."""
+    logits, labels, weights = whole(13, 16, "normal")
+    real = logits[..., :13].double().requires_grad_()
+    expected = F.cross_entropy(real.flatten(0, 1), labels.flatten(), reduction="none").view(SHAPE)
+    expected = expected + 0.1 * real.logsumexp(-1).square()
+    (expected * weights).sum().backward()
+    assert real.grad is not None
+    gradient = F.pad(real.grad, (0, 3)).chunk(tensor, -1)
+    ranks = run_ranks(tensor, on_ranks, tensor, 13, 16, "normal", torch.float32, 0.1)
+    for rank, (losses, mine) in enumerate(ranks):
+        torch.testing.assert_close(losses.double(), expected.detach(), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(mine.double(), gradient[rank], rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_takes_the_place_of_the_logits() -> None:
+    logits, labels, weights = whole(13, 16, "normal")
+    logits.requires_grad_()
+    inner = logits * 1
+    weighted_loss(inner, labels, weights, Mesh(), 13, Ops()).backward()
+    assert logits.grad is not None and torch.equal(inner, logits.grad)

@@ -8,55 +8,50 @@ from torch import Tensor
 
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import Runtime
+from megatron_lite.ops import Ops, ProbabilityDropout
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.parallel.random import dropout, dropout_mask, place_seed
+from megatron_lite.parallel.random import dropout, place_seed
 from tests.training_case import Case
 
-LIKE = torch.zeros(())
+SHAPE = (4, 8, 12)
 
 
-def mask(
-    shape: tuple[int, ...], p: float = 0.25, seed: int = 1, mesh: Mesh | None = None, dim: int | None = None
-) -> Tensor:
-    return dropout_mask(shape, p, seed, mesh or Mesh(), dim, LIKE)
+def drop(x: Tensor, seed: int = 1, mesh: Mesh | None = None, *, sharded: bool = False) -> Tensor:
+    return dropout(x, 0.25, seed, mesh or Mesh(), Ops(), sharded=sharded)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.9])
 def test_rate_and_scale(p: float) -> None:
-    values = mask((400, 500), p)
-    assert set(values.unique().tolist()) == {0.0, torch.tensor(1.0).div(1 - p).item()}
+    values = dropout(torch.ones(400, 500), p, 1, Mesh(), Ops())
+    assert set(values.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
     assert (values == 0).float().mean().item() == pytest.approx(p, abs=0.005)
     assert values.mean().item() == pytest.approx(1, abs=0.02 / (1 - p))
 
 
 def test_product_and_gradient() -> None:
-    x = torch.randn(4, 6, requires_grad=True)
-    y = dropout(x, 0.5, 3, Mesh())
+    x = torch.randn(SHAPE, requires_grad=True)
+    y, mask = drop(x), drop(torch.ones(SHAPE))
     y.sum().backward()
-    assert torch.equal(y, x * mask((4, 6), 0.5, 3)) and x.grad is not None
-    assert torch.equal(x.grad, mask((4, 6), 0.5, 3))
-    assert dropout(x.bfloat16(), 0.5, 3, Mesh()).dtype == torch.bfloat16
+    assert torch.equal(y, x * mask) and x.grad is not None
+    assert torch.equal(x.grad, mask)
+    assert drop(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("size", [2, 4])
-def test_tensor_ranks_hold_parts_of_one_mask(dim: int, size: int) -> None:
-    shape = [4, 8, 12]
-    part = list(shape)
-    part[dim] //= size
+def test_tensor_ranks_hold_parts_of_one_mask(size: int) -> None:
+    x = torch.randn(SHAPE)
     meshes = [Mesh(rank=rank, tensor_size=size) for rank in range(size)]
-    parts = [mask(tuple(part), mesh=mesh, dim=dim) for mesh in meshes]
-    assert torch.equal(torch.cat(parts, dim), mask(tuple(shape)))
-    assert not torch.equal(parts[0], parts[1])
-    assert all(torch.equal(mask(tuple(shape), mesh=mesh), mask(tuple(shape))) for mesh in meshes), (
-        "replicated"
-    )
+    parts = [drop(part, mesh=mesh, sharded=True) for part, mesh in zip(x.chunk(size, 1), meshes, strict=True)]
+    assert torch.equal(torch.cat(parts, 1), drop(x))
+    ones = [drop(torch.ones(part.shape), mesh=m, sharded=True) for part, m in zip(parts, meshes, strict=True)]
+    assert not torch.equal(ones[0], ones[1])
+    assert all(torch.equal(drop(x, mesh=mesh), drop(x)) for mesh in meshes), "replicated"
 
 
 def test_seed_decides_and_no_generator_of_torch_is_used() -> None:
-    state = torch.get_rng_state()
-    assert torch.equal(mask((8, 8)), mask((8, 8)))
-    assert not torch.equal(mask((8, 8)), mask((8, 8), seed=2))
+    x, state = torch.ones(SHAPE), torch.get_rng_state()
+    assert torch.equal(drop(x), drop(x))
+    assert not torch.equal(drop(x), drop(x, seed=2))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -90,25 +85,28 @@ def test_masks_differ_by_run_step_micro_batch_and_place() -> None:
     assert dropped(Runtime(seed=1), 3, 4) == dropped(Runtime(seed=1), 3, 4)
 
 
-def places_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def places_of(case: Case) -> list[int]:
     """The seeds of all masks drawn in one forward pass."""
     seen: list[int] = []
 
-    def watching(shape: tuple[int, ...], p: float, seed: int, *rest: object) -> Tensor:
+    def watching(x: Tensor, p: float, seed: int, **rest: object) -> Tensor:
         seen.append(seed)
-        return torch.ones(shape)
+        return x
 
-    monkeypatch.setattr("megatron_lite.parallel.random.dropout_mask", watching)
-    monkeypatch.setattr("megatron_lite.model.attention.dropout_mask", watching)
-    GPT(case.config().model, Runtime())(torch.zeros(1, 16, dtype=torch.int64))
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, dropout: ProbabilityDropout, **rest: object) -> Tensor:
+        seen.append(dropout.seed)
+        return q
+
+    ops = Ops(dropout=watching, attention=attend)
+    GPT(case.config().model, Runtime(ops=ops))(torch.zeros(1, 16, dtype=torch.int64))
     return seen
 
 
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
 
 
-def test_no_two_places_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = places_of(Case(model=DROPOUT), monkeypatch)
+def test_no_two_places_share_a_mask() -> None:
+    seen = places_of(Case(model=DROPOUT))
     assert (
         len(seen) == len(set(seen)) == 1 + 3 * 4
     )  # the entry; probabilities and two branches of four blocks
