@@ -1,11 +1,62 @@
 """Compiled extensions; everything else about the package stands in pyproject.toml."""
 
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # an isolated build has it nowhere
+
+from csrc import build  # noqa: E402
+
+KERNELS = "megatron_lite.ops._kernels"
+
+
+class BuildKernels(build_ext):
+    """Calls g++ and nvcc itself for the kernels: many flags for one module, and objects that outlive the build."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != KERNELS:
+            return super().build_extension(ext)
+        folder = ROOT / "build" / f"kernels-{sysconfig.get_platform()}"
+        try:
+            nvcc = build.usable_nvcc(folder)
+            system = (pybind11.get_include(), sysconfig.get_path("include"))
+            version = f"{sys.implementation.cache_tag}-{pybind11.__version__}"
+            units = [
+                *(build.cuda_units(nvcc) if nvcc else []),
+                build.binding_unit(system, version, nvcc is not None),
+            ]
+            objects = build.compile_units(
+                [*units, *build.cpu_units()], folder, jobs=len(os.sched_getaffinity(0))
+            )
+            build.link(objects, Path(self.get_ext_fullpath(ext.name)), nvcc)
+        except build.BuildError as error:
+            raise CompileError(str(error)) from error
+
 
 # The level of optimisation is stated, because the default is whatever Python itself was built with.
-extensions = [
+extensions: list[Extension] = [
     Pybind11Extension("megatron_lite.data._index", ["csrc/index.cpp"], cxx_std=17, extra_compile_args=["-O3"])
 ]
+if sys.platform == "linux":
+    # Where nobody has tried the kernels, what does not compile is left out: the plain torch operations serve.
+    tried = platform.machine() == "x86_64"
+    sources = sorted(
+        path.relative_to(ROOT).as_posix()
+        for part in ("cpu", "cuda")
+        for path in (ROOT / "csrc" / part).iterdir()
+    )
+    extensions.append(Extension(KERNELS, ["csrc/bindings.cpp", *sources], optional=not tried))
+else:
+    print("The kernels of csrc are for Linux and are left out here; the plain torch operations serve.")
 
-setup(ext_modules=extensions)
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels})
