@@ -245,7 +245,7 @@ int backward_by_size(const Attention& p, int batch, const Gradients& t, void* st
 
 }  // namespace mlite
 
-int64_t mlite_cuda_attention_workspace(int64_t batch, int64_t heads, int64_t queries) {
+int64_t mlite_cuda_attention_workspace(int64_t batch, int64_t heads, int64_t queries, int64_t) {
   return batch * heads * mlite::padded(queries) * static_cast<int64_t>(sizeof(mlite::Row));
 }
 

@@ -32,8 +32,8 @@ MLITE_BOTH(attention_forward, int dtype, int64_t batch, int64_t heads, int64_t g
            void* o, const int64_t* o_strides, float* lse);
 
 // Bytes that the backward pass needs in `workspace` (aligned to 16 bytes; what it holds does not matter).
-int64_t mlite_cpu_attention_workspace(int64_t batch, int64_t heads, int64_t queries);
-int64_t mlite_cuda_attention_workspace(int64_t batch, int64_t heads, int64_t queries);
+int64_t mlite_cpu_attention_workspace(int64_t batch, int64_t heads, int64_t queries, int64_t head_dim);
+int64_t mlite_cuda_attention_workspace(int64_t batch, int64_t heads, int64_t queries, int64_t head_dim);
 
 // Gradients of q, k and v from that of o (do_). Repeats to the bit: no atomics. dk and dv are summed over the query
 // heads of a group in float32 and rounded once. All of dq, dk and dv is written.
