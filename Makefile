@@ -4,9 +4,11 @@ PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
 
 IN_VENV := $(VENV)/bin/python
-# Named after this checkout: an environment that another checkout was installed into counts as not set up.
-STAMP := $(VENV)/.setup-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
-INPUTS := pyproject.toml setup.py constraints.txt tools/setup_environment.sh $(shell find csrc -type f)
+# Named after this checkout and its nvcc: an environment that another checkout was installed into counts as not set up,
+# and so does one from before nvcc came or went.
+STAMP := $(VENV)/.setup-$(shell printf '%s' '$(CURDIR) $(CUDA_HOME)' "$$(command -v nvcc)" | cksum | cut -d ' ' -f 1)
+INPUTS := pyproject.toml setup.py constraints.txt tools/setup_environment.sh \
+	$(shell find csrc -name __pycache__ -prune -o -name emulator -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-gpu check bench bench-gpu clean FORCE
@@ -21,7 +23,8 @@ $(STAMP): $(INPUTS)
 	@rm -f '$(VENV)'/.setup-* && touch '$@'
 
 # The compiled modules lie in the source tree, where a clean can take them from under the stamp.
-ifeq ($(wildcard megatron_lite/data/_index*.so),)
+MODULES := megatron_lite/data/_index $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),megatron_lite/ops/_kernels)
+ifneq ($(strip $(foreach module,$(MODULES),$(if $(wildcard $(module)*.so),,missing))),)
 $(STAMP): FORCE
 endif
 
@@ -50,5 +53,5 @@ bench-gpu: setup ## paired benchmarks on CUDA devices
 
 clean: ## remove builds and caches; VENV and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis '$(VENV)'/.setup-*
-	find $(wildcard megatron_lite tools tests examples benchmarks) -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard megatron_lite csrc tools tests examples benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 	find megatron_lite -name '*.so' -delete
