@@ -29,15 +29,12 @@ class BuildKernels(build_ext):
         folder = ROOT / "build" / f"kernels-{sysconfig.get_platform()}"
         try:
             nvcc = build.usable_nvcc(folder)
-            system = (pybind11.get_include(), sysconfig.get_path("include"))
+            cuda = build.cuda_units(nvcc) if nvcc else []
+            headers = (pybind11.get_include(), sysconfig.get_path("include"))
             version = f"{sys.implementation.cache_tag}-{pybind11.__version__}"
-            units = [
-                *(build.cuda_units(nvcc) if nvcc else []),
-                build.binding_unit(system, version, nvcc is not None),
-            ]
-            objects = build.compile_units(
-                [*units, *build.cpu_units()], folder, jobs=len(os.sched_getaffinity(0))
-            )
+            binding = build.binding_unit(headers, version, nvcc is not None)
+            units = [*cuda, binding, *build.cpu_units()]  # those that take longest first
+            objects = build.compile_units(units, folder, jobs=len(os.sched_getaffinity(0)))
             build.link(objects, Path(self.get_ext_fullpath(ext.name)), nvcc)
         except build.BuildError as error:
             raise CompileError(str(error)) from error
@@ -50,12 +47,9 @@ extensions: list[Extension] = [
 if sys.platform == "linux":
     # Where nobody has tried the kernels, what does not compile is left out: the plain torch operations serve.
     tried = platform.machine() == "x86_64"
-    sources = sorted(
-        path.relative_to(ROOT).as_posix()
-        for part in ("cpu", "cuda")
-        for path in (ROOT / "csrc" / part).iterdir()
-    )
-    extensions.append(Extension(KERNELS, ["csrc/bindings.cpp", *sources], optional=not tried))
+    folders = (build.CSRC, build.CSRC / "include", build.CSRC / "cpu", build.CSRC / "cuda")
+    files = [str(path.relative_to(ROOT)) for folder in folders for path in sorted(folder.glob("*.*"))]
+    extensions.append(Extension(KERNELS, ["csrc/bindings.cpp"], depends=files, optional=not tried))
 else:
     print("The kernels of csrc are for Linux and are left out here; the plain torch operations serve.")
 

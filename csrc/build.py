@@ -55,10 +55,10 @@ class Unit:
 
 
 def cxx() -> tuple[str, ...]:
-    """The C++ compiler: CXX, or the first there is."""
+    """The C++ compiler: CXX, or the first there is, in the order of tools/setup_environment.sh."""
     named = shlex.split(os.environ.get("CXX", ""))
-    found = (name for name in ("g++", "c++", "clang++") if shutil.which(name))
-    return tuple(named) or (next(found, "g++"),)
+    found = (path for name in ("c++", "g++", "clang++") if (path := shutil.which(name)))
+    return tuple(named) or (next(found, "c++"),)
 
 
 def find_nvcc() -> str | None:
@@ -175,7 +175,7 @@ def _compile(unit: Unit, folder: Path) -> Path:
 
 
 def _is_current(made: Path, record: Path, command: str) -> bool:
-    """Whether an object is newer than all that it was made of, by the same command."""
+    """Whether an object is newer than all that it was made of, and by the same command."""
     if not made.exists() or not record.exists():
         return False
     last, _, rule = record.read_text(encoding="utf-8").partition("\n")
