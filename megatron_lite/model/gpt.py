@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config import ModelConfig
@@ -10,8 +11,7 @@ from megatron_lite.model.block import Block
 from megatron_lite.model.norm import Norm
 from megatron_lite.model.rotary import Rotary
 from megatron_lite.model.runtime import Context, Runtime
-from megatron_lite.parallel.collectives import scatter_to_sequence_region
-from megatron_lite.parallel.layers import VocabParallelEmbedding, vocab_parallel_logits
+from megatron_lite.parallel.layers import VocabParallelEmbedding, replicated, vocab_parallel_logits
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.parallel.random import dropout, place_seed
 from megatron_lite.parallel.stages import Layer
@@ -25,7 +25,11 @@ class Embedding(VocabParallelEmbedding):
 
 
 class Position(nn.Module):
-    """Entry to the residual stream: learned positions (where configured), dropout, this rank's part of the sequence."""
+    """Entry to the residual stream: learned positions (where configured) and dropout.
+
+    Shapes:
+        hidden [b, s, h] (or [b, s/t, h] under sequence parallelism) -> the same.
+    """
 
     def __init__(self, name: str, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
@@ -39,15 +43,19 @@ class Position(nn.Module):
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         if self.weight is not None:
-            # Added before the sequence is scattered: every tensor rank sees all of it and has the whole gradient.
-            rows = (
-                self.weight[: hidden.size(1)] if context.positions is None else self.weight[context.positions]
-            )
-            hidden = hidden + rows
+            hidden = hidden + self._rows(replicated(self.weight, self.mesh), hidden.size(1), context)
         if self.dropout > 0 and self.training:
             seed = place_seed(context.dropout_seed, self.name)
-            hidden = dropout(hidden, self.dropout, seed, self.mesh, self.ops)
-        return scatter_to_sequence_region(hidden, self.mesh) if self.mesh.sequence_parallel else hidden
+            sharded = self.mesh.sequence_parallel
+            hidden = dropout(hidden, self.dropout, seed, self.mesh, self.ops, sharded=sharded)
+        return hidden
+
+    def _rows(self, weight: Tensor, length: int, context: Context) -> Tensor:
+        """The embeddings of this rank's positions, `length` of them."""
+        start = self.mesh.tensor_rank * length if self.mesh.sequence_parallel else 0
+        if context.positions is None:
+            return weight[start : start + length]
+        return F.embedding(context.positions[:, start : start + length], weight)
 
 
 class FinalNorm(Norm):

@@ -10,9 +10,9 @@ dimension 1. Every function is the identity when the mesh has one tensor-paralle
 | all-reduce              | identity        | reduce_from_tensor_region            |
 | all-gather (sequence)   | reduce-scatter  | gather_from_sequence_region          |
 | reduce-scatter          | all-gather      | reduce_scatter_to_sequence_region    |
-| own slice (sequence)    | all-gather      | scatter_to_sequence_region           |
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,19 +36,54 @@ def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
     return x
 
 
+def start_all_reduce(x: Tensor, mesh: Mesh) -> Callable[[], Tensor]:
+    """Begins to sum a contiguous x over the tensor-parallel group, in place; the result is what is returned gives."""
+    work = dist.all_reduce(x, group=mesh.tensor_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return x
+
+    return finish
+
+
+def start_all_gather(x: Tensor, mesh: Mesh, dim: int) -> Callable[[], Tensor]:
+    """Begins `all_gather`; the result is what is returned gives."""
+    parts = x.new_empty(mesh.tensor_size * x.size(0), *x.shape[1:])
+    work = _all_gather(parts, x.contiguous(), group=mesh.tensor_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return torch.cat(parts.chunk(mesh.tensor_size), dim)
+
+    return finish
+
+
+def start_reduce_scatter(x: Tensor, mesh: Mesh, dim: int) -> Callable[[], Tensor]:
+    """Begins `reduce_scatter`; the result is what is returned gives."""
+    parts = x.chunk(mesh.tensor_size, dim)
+    out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    # Bound here, so that it lives as long as the transfer reads it.
+    whole = torch.cat(parts)
+    work = _reduce_scatter(out, whole, group=mesh.tensor_group, async_op=True)
+
+    def finish() -> Tensor:
+        nonlocal whole
+        work.wait()
+        del whole
+        return out
+
+    return finish
+
+
 def all_gather(x: Tensor, mesh: Mesh, dim: int) -> Tensor:
     """Concatenation over the tensor-parallel group along `dim`."""
-    parts = x.new_empty(mesh.tensor_size * x.size(0), *x.shape[1:])
-    _all_gather(parts, x.contiguous(), group=mesh.tensor_group)
-    return torch.cat(parts.chunk(mesh.tensor_size), dim)
+    return start_all_gather(x, mesh, dim)()
 
 
 def reduce_scatter(x: Tensor, mesh: Mesh, dim: int) -> Tensor:
     """Sum over the tensor-parallel group, of which this rank keeps its slice along `dim`."""
-    parts = x.chunk(mesh.tensor_size, dim)
-    out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-    _reduce_scatter(out, torch.cat(parts), group=mesh.tensor_group)
-    return out
+    return start_reduce_scatter(x, mesh, dim)()
 
 
 def own_slice(x: Tensor, mesh: Mesh, dim: int) -> Tensor:
@@ -99,17 +134,6 @@ class _ReduceScatter(Function):
         return all_gather(grad, ctx.mesh, SEQUENCE_DIM), None
 
 
-class _Scatter(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
-        ctx.mesh = mesh
-        return own_slice(x, mesh, SEQUENCE_DIM)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.mesh, SEQUENCE_DIM), None
-
-
 def _apply(function: type[Function], x: Tensor, mesh: Mesh) -> Tensor:
     return x if mesh.tensor_size == 1 else function.apply(x, mesh)
 
@@ -132,11 +156,6 @@ def gather_from_sequence_region(x: Tensor, mesh: Mesh) -> Tensor:
 def reduce_scatter_to_sequence_region(x: Tensor, mesh: Mesh) -> Tensor:
     """Partial sums [b, s, h] -> summed slice [b, s/t, h]."""
     return _apply(_ReduceScatter, x, mesh)
-
-
-def scatter_to_sequence_region(x: Tensor, mesh: Mesh) -> Tensor:
-    """Replicated [b, s, h] -> own slice [b, s/t, h]."""
-    return _apply(_Scatter, x, mesh)
 
 
 def enter_tensor_region(x: Tensor, mesh: Mesh) -> Tensor:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from megatron_lite.parallel.collectives import (
     copy_to_tensor_region,
-    enter_tensor_region,
     leave_tensor_region,
-    reduce_from_tensor_region,
 )
+from megatron_lite.parallel.linear import column_parallel_linear
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import create_parameter
 
@@ -95,12 +94,11 @@ class ColumnParallelLinear(nn.Module):
         self.bias = build.parameter(f"{name}.bias", out_shape, dim=dim) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter_tensor_region(x, self.mesh)
         bias = None if self.bias is None else self.bias.flatten()
         weight = self.weight.flatten(0, -2)
         if self.activation is None:
-            return F.linear(x, weight, bias)
-        return self.activation(F.linear(x, weight), bias)
+            return column_parallel_linear(x, weight, bias, self.mesh)
+        return self.activation(column_parallel_linear(x, weight, None, self.mesh), bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -131,7 +129,7 @@ class VocabParallelEmbedding(nn.Module):
     Each rank looks up the tokens of its own range and contributes zeros for the others; the sum is the embedding.
 
     Shapes:
-        tokens [b, s] int64 -> [b, s, h], the full sequence on every rank.
+        tokens [b, s] int64 -> [b, s, h] (or [b, s/t, h] under sequence parallelism).
     """
 
     def __init__(
@@ -147,9 +145,9 @@ class VocabParallelEmbedding(nn.Module):
             return F.embedding(tokens, self.weight)
         outside = (tokens < self.start) | (tokens >= self.stop)
         rows = F.embedding((tokens - self.start).masked_fill(outside, 0), self.weight)
-        return reduce_from_tensor_region(rows.masked_fill(outside.unsqueeze(-1), 0.0), self.mesh)
+        return leave_tensor_region(rows.masked_fill(outside.unsqueeze(-1), 0.0), self.mesh)
 
 
 def vocab_parallel_logits(hidden: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
     """The output projection: [b, s, h] (or [b, s/t, h]) x [V/t, h] -> this rank's logits [b, s, V/t]."""
-    return F.linear(enter_tensor_region(hidden, mesh), weight)
+    return column_parallel_linear(hidden, weight, None, mesh)

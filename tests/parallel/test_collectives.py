@@ -42,12 +42,6 @@ CASES = {
         slices(sum(XS[WHOLE])),  # type: ignore[arg-type]
         [torch.cat(GS[PART], 1)] * RANKS,
     ),
-    "scatter_to_sequence_region": (
-        WHOLE,
-        PART,
-        [slices(x)[rank] for rank, x in enumerate(XS[WHOLE])],
-        [torch.cat(GS[PART], 1)] * RANKS,
-    ),
 }
 
 

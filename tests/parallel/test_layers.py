@@ -104,7 +104,7 @@ def through_vocabulary(tensor: int, sequence: bool) -> tuple[Tensor, Tensor, Ten
     hidden = embed(tokens)
     inner = hidden.tanh()
     if b.mesh.sequence_parallel:
-        inner = inner.detach().chunk(tensor, 1)[b.mesh.tensor_rank].requires_grad_()
+        inner = inner.detach().requires_grad_()
     logits = vocab_parallel_logits(inner, embed.weight, b.mesh)
     logits.backward(values(2, B, S, VOCAB).chunk(tensor, -1)[b.mesh.tensor_rank])
     assert embed.weight.grad is not None
@@ -125,7 +125,7 @@ def test_logits_of_a_divided_sequence() -> None:
     weight = VocabParallelEmbedding("embed", VOCAB, H, build(1, False), std=1.0).weight
     inner_grad = values(2, B, S, VOCAB) @ weight
     for rank, found in enumerate(run_ranks(RANKS, through_vocabulary, RANKS, True)):
-        torch.testing.assert_close(found[0], hidden)
+        torch.testing.assert_close(found[0], hidden.chunk(RANKS, 1)[rank])
         torch.testing.assert_close(found[1], logits.chunk(RANKS, -1)[rank])
         torch.testing.assert_close(found[2], inner_grad.detach().chunk(RANKS, 1)[rank])
 
@@ -143,3 +143,18 @@ def test_shapes_of_a_shard() -> None:
         "row.bias": (H,),
         "scale": (H,),
     }
+
+
+def kept_for_backward(sequence: bool) -> list[tuple[int, ...]]:
+    b = build(2, sequence)
+    layer = ColumnParallelLinear("column", H, (FFN,), b, bias=True, std=0.5)
+    shapes: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+        layer(torch.ones(B, S // 2 if sequence else S, H, dtype=torch.float64))
+    return shapes
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_gathered_input_is_not_kept(sequence: bool) -> None:
+    for shapes in run_ranks(2, kept_for_backward, sequence):
+        assert sorted(shapes) == sorted([(B, S // 2 if sequence else S, H), (FFN // 2, H)])
