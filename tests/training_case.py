@@ -8,11 +8,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_lite.config import Config, build_config
 from megatron_lite.data.loader import Batch
 from megatron_lite.model.runtime import DTYPES, Runtime
-from megatron_lite.ops import build_ops
+from megatron_lite.ops import Needs, build_ops
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.schedule import learning_rate
@@ -152,7 +153,7 @@ def make_engine(config: Config) -> Engine:
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
     runtime = Runtime(
         mesh=mesh,
-        ops=build_ops(config.kernels),
+        ops=build_ops(config.kernels, Needs.of(config, torch.device("cpu"), DTYPES[config.train.precision])),
         dtype=DTYPES[config.train.precision],
         seed=config.train.seed,
         recompute=config.train.recompute,

@@ -185,13 +185,40 @@ class CheckpointConfig(Section):
     _resumes = alias("resume")
 
 
-class KernelsConfig(Section):
-    """Which implementation serves each operation."""
+_Plain = Literal["auto", "native", "compile", "reference"]
+_PLAIN = {"torch": "reference", "eager": "reference", "torch_compile": "compile", "torch.compile": "compile"}
 
-    attention: Literal["auto", "sdpa", "reference"] = Field(default="auto", description="attention kernel")
+
+class KernelsConfig(Section):
+    """Which implementation serves each operation; auto: the best that this machine and this run allow.
+
+    The others by name: native: our own kernels; compile: torch.compile; reference: plain torch.
+    """
+
+    attention: Literal[
+        "auto", "native", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "compile", "reference"
+    ] = Field(
+        default="auto",
+        description="attention; sdpa: torch's scaled_dot_product_attention, with the kernel that torch chooses "
+        "or the one named",
+    )
+    norm: _Plain = Field(default="auto", description="LayerNorm and RMSNorm, alone and with a residual added")
+    activation: _Plain = Field(default="auto", description="GELU and SwiGLU")
+    rotary: _Plain = Field(default="auto", description="rotary position embedding")
+    dropout: _Plain = Field(default="auto", description="dropout, the same on every layout")
+    softmax: _Plain = Field(default="auto", description="masked softmax")
+    cross_entropy: _Plain = Field(default="auto", description="cross entropy, also over a split vocabulary")
+    linear: Literal["auto", "torch"] = Field(default="auto", description="the blocks' linear layers")
     cpu_allocator: bool = Field(default=True, description="tune the CPU allocator for large tensors")
 
-    _attentions = alias("attention")
+    _attentions = alias("attention", _PLAIN | {"torch": "sdpa"})
+    _norms = alias("norm", _PLAIN)
+    _activations = alias("activation", _PLAIN)
+    _rotaries = alias("rotary", _PLAIN)
+    _dropouts = alias("dropout", _PLAIN)
+    _softmaxes = alias("softmax", _PLAIN)
+    _cross_entropies = alias("cross_entropy", _PLAIN)
+    _linears = alias("linear")
 
 
 class LoggingConfig(Section):

@@ -9,7 +9,7 @@ from megatron_lite.checkpoint import CheckpointError, Reader
 from megatron_lite.config import Config, KernelsConfig, build_config
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import Runtime
-from megatron_lite.ops import build_ops
+from megatron_lite.ops import Needs, build_ops
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import mark, spec_of
 
@@ -52,7 +52,8 @@ def load_model(
     Raises:
         CheckpointError: a parameter is missing, of another shape, or unreadable.
     """
-    runtime = Runtime(mesh or Mesh(), build_ops(KernelsConfig()), dtype, _META)
+    needs = replace(Needs.of(config, torch.device(device), dtype), attention_dropout=False, documents="runs")
+    runtime = Runtime(mesh or Mesh(), build_ops(KernelsConfig(), needs), dtype, _META)
     model = GPT(config.model, runtime)
     model.runtime = replace(runtime, device=torch.device(device))
     _allocate(model, model.runtime.device)

@@ -17,7 +17,7 @@ from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import SampleDataset
 from megatron_lite.data.loader import Batch, DataLoader, make_loader
 from megatron_lite.model.runtime import DTYPES, Runtime
-from megatron_lite.ops import build_ops
+from megatron_lite.ops import Needs, Ops, build_ops
 from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.tokenizers import load_tokenizer
@@ -154,6 +154,10 @@ def start(config: Config, launch: Launch) -> Run:
     init_distributed(launch, device, config.parallel.timeout_minutes)
     stop = StopSignals(device)
     _check_same_device(device)
+    dtype = DTYPES[config.train.precision]
+    with agreed_failure():
+        ops = build_ops(config.kernels, Needs.of(config, device, dtype))
+    _check_same_kernels(ops)
     with agreed_failure():
         tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         if tokenizer is not None:
@@ -172,14 +176,7 @@ def start(config: Config, launch: Launch) -> Run:
             probe = None if dataset is None else loader(dataset, consumed_samples=position)
             if probe is not None and probe.remaining_steps:
                 probe.next_step()  # data of another tokenizer show themselves at once
-    runtime = Runtime(
-        mesh,
-        build_ops(config.kernels),
-        DTYPES[config.train.precision],
-        device,
-        config.train.seed,
-        config.train.recompute,
-    )
+    runtime = Runtime(mesh, ops, dtype, device, config.train.seed, config.train.recompute)
     _log_start(config, launch, runtime, train_set, valid)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports of memory
         engine = build_engine(config, runtime)
@@ -203,6 +200,18 @@ def _check_same_device(device: torch.device) -> None:
         raise ValueError(
             f"ranks {odd} found no GPU and the others did: look at their nodes, or set train.device"
         )
+
+
+def _check_same_kernels(ops: Ops) -> None:
+    """Tensor ranks that compute the same with different kernels would drift apart."""
+    first, *others = gather(ops.chosen)
+    for rank, chosen in enumerate(others, start=1):
+        for group in first:
+            if chosen[group] != first[group]:
+                raise ValueError(
+                    f"kernels.{group}: rank {rank} would take {chosen[group]} and rank 0 {first[group]}: install the "
+                    "same packages on every node, or name a backend that all have"
+                )
 
 
 def _datasets(
@@ -237,7 +246,7 @@ def _log_start(
         ", sequence parallel" if mesh.sequence_parallel else "",
     )
     logger.info(
-        "model: %s parameters, %d layers, %d wide, vocabulary %d padded to %d | %s, recompute %s | kernels: %s",
+        "model: %s parameters, %d layers, %d wide, vocabulary %d padded to %d | %s, recompute %s",
         f"{model.parameter_count():,}",
         model.num_layers,
         model.hidden_size,
@@ -245,8 +254,9 @@ def _log_start(
         model.padded_vocab_size,
         config.train.precision,
         config.train.recompute,
-        ", ".join(f"{op} {name}" for op, name in runtime.ops.chosen.items()),
     )
+    for line in runtime.ops.table():
+        logger.info("kernels: %s", line)
     logger.info(
         "data: %s training samples of %d tokens%s",
         f"{len(train_set):,}",
