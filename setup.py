@@ -12,10 +12,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # an isolated build has it nowhere
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # an isolated build has it nowhere
 
-from csrc import build  # noqa: E402
+from csrc import build
 
 KERNELS = "megatron_lite.ops._kernels"
 
@@ -26,17 +25,18 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name != KERNELS:
             return super().build_extension(ext)
-        folder = ROOT / "build" / f"kernels-{sysconfig.get_platform()}"
         try:
-            nvcc = build.usable_nvcc(folder)
+            nvcc = build.usable_nvcc(build.OBJECTS)
             cuda = build.cuda_units(nvcc) if nvcc else []
             headers = (pybind11.get_include(), sysconfig.get_path("include"))
             version = f"{sys.implementation.cache_tag}-{pybind11.__version__}"
             binding = build.binding_unit(headers, version, nvcc is not None)
             units = [*cuda, binding, *build.cpu_units()]  # those that take longest first
-            objects = build.compile_units(units, folder, jobs=len(os.sched_getaffinity(0)))
+            objects = build.compile_units(units, build.OBJECTS, jobs=len(os.sched_getaffinity(0)))
             build.link(objects, Path(self.get_ext_fullpath(ext.name)), nvcc)
         except build.BuildError as error:
+            if ext.optional:
+                print("The kernels of csrc are left out; the plain torch operations serve.")
             raise CompileError(str(error)) from error
 
 
@@ -48,7 +48,7 @@ if sys.platform == "linux":
     # Where nobody has tried the kernels, what does not compile is left out: the plain torch operations serve.
     tried = platform.machine() == "x86_64"
     folders = (build.CSRC, build.CSRC / "include", build.CSRC / "cpu", build.CSRC / "cuda")
-    files = [str(path.relative_to(ROOT)) for folder in folders for path in sorted(folder.glob("*.*"))]
+    files = [str(path.relative_to(build.ROOT)) for folder in folders for path in sorted(folder.glob("*.*"))]
     extensions.append(Extension(KERNELS, ["csrc/bindings.cpp"], depends=files, optional=not tried))
 else:
     print("The kernels of csrc are for Linux and are left out here; the plain torch operations serve.")

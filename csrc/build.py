@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,17 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
+ROOT = CSRC.parent
+# Compilers run in ROOT on relative paths, so that the objects of a checkout that is moved or copied stay valid.
+OBJECTS = ROOT / "build" / f"kernels-{sysconfig.get_platform()}"
 
 # No -ffast-math, whose linker part changes denormals for the whole process: NaN, inf and denormals follow IEEE.
 CPU_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
 )
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 # Instruction sets in ascending order, as entry.cpp numbers them.
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": ("-DMLITE_LANES=4",),
     "avx2": ("-DMLITE_LANES=8", "-mavx2", "-mfma"),
-    "avx512": ("-DMLITE_LANES=16", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "avx512": ("-DMLITE_LANES=16", *AVX512),
+    "avx512bf16": ("-DMLITE_LANES=16", *AVX512, "-mavx512bf16"),
 }
 # A100 and Hopper, and PTX for what came between and after.
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
@@ -41,7 +47,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Unit:
-    """One object file: NAME.o of a source, by `command`.
+    """One object file: NAME.o of a source (absolute, or relative to ROOT), by `command`.
 
     Attributes:
         system: folders of headers that do not belong to this repository. Where they lie (a build's own, passing
@@ -75,8 +81,8 @@ def isas() -> list[str]:
 
 def cpu_units(*flags: str) -> list[Unit]:
     """Every source of csrc/cpu for every instruction set, and once the entry points; `flags` come last."""
-    command, sources = (*cxx(), *CPU_FLAGS), sorted((CSRC / "cpu").glob("*.cpp"))
-    units = [Unit("entry", CSRC / "cpu" / "entry.cpp", (*command, *flags))]
+    command, sources = (*cxx(), *CPU_FLAGS), _sources("cpu/*.cpp")
+    units = [Unit("entry", Path("csrc/cpu/entry.cpp"), (*command, *flags))]
     for isa in isas():
         own = (*command, f"-DMLITE_ISA={isa}", *ISA_FLAGS[isa], *flags)
         units += [Unit(f"{s.stem}_{isa}", s, own) for s in sources if s.name != "entry.cpp"]
@@ -85,7 +91,7 @@ def cpu_units(*flags: str) -> list[Unit]:
 
 def cuda_units(nvcc: str) -> list[Unit]:
     """Every source of csrc/cuda, those that take longest first."""
-    sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
+    sources = sorted(_sources("cuda/*.cu"), key=lambda file: -(ROOT / file).stat().st_size)
     return [Unit(f"cuda_{source.stem}", source, _nvcc_command(nvcc)) for source in sources]
 
 
@@ -108,7 +114,7 @@ def binding_unit(system: Sequence[str], version: str, cuda: bool) -> Unit:
     if cuda:
         names = ",".join(f'"{name}"' for name in CUDA_ARCHITECTURES)
         command += (f"-DMLITE_CUDA_ARCHITECTURES={names}",)
-    return Unit(f"bindings-{version}", CSRC / "bindings.cpp", command, tuple(system))
+    return Unit(f"bindings-{version}", Path("csrc/bindings.cpp"), command, tuple(system))
 
 
 def usable_nvcc(folder: Path) -> str | None:
@@ -132,11 +138,16 @@ def usable_nvcc(folder: Path) -> str | None:
 def compile_units(units: Sequence[Unit], folder: Path, jobs: int = 1) -> list[Path]:
     """The object files of `units` in `folder`; only those are made anew whose command or sources changed.
 
+    One process at a time; another one waits, and finds them made.
+
     Raises:
         BuildError: a compiler failed.
     """
+    import fcntl  # not on Windows, where nothing of this is called
+
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
+    with open(folder / "lock", "w") as lock, ThreadPoolExecutor(jobs) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return list(pool.map(lambda unit: _compile(unit, folder), units))
 
 
@@ -145,6 +156,10 @@ def link(objects: Sequence[Path], library: Path, nvcc: str | None = None) -> Non
     command = [*_nvcc(nvcc), "-cudart", "static", "-Xcompiler", "-fopenmp"] if nvcc else [*cxx(), "-fopenmp"]
     library.parent.mkdir(parents=True, exist_ok=True)
     _run([*command, "-shared", *map(str, objects), "-o", str(library)])
+
+
+def _sources(pattern: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for path in CSRC.glob(pattern))
 
 
 def _nvcc(nvcc: str) -> tuple[str, ...]:
@@ -161,16 +176,14 @@ def _compile(unit: Unit, folder: Path) -> Path:
     command = shlex.join([*unit.command, "-c", str(unit.source)])
     if _is_current(made, record, command):
         return made
-    print(f"compiling {unit.source.relative_to(unit.source.parents[1])} ({unit.name})", flush=True)
-    # Under a name of this process until it is whole, and as old as its sources were when they were read.
-    start, own = time.time(), folder / f"{unit.name}.{os.getpid()}"
-    system = [word for path in unit.system for word in ("-isystem", path)]
-    _run([*unit.command, *system, "-c", str(unit.source), "-o", f"{own}.o", "-MMD", "-MF", f"{own}.d"])
-    rule = Path(f"{own}.d").read_text(encoding="utf-8")
-    Path(f"{own}.d").write_text(f"{command}\n{rule}", encoding="utf-8")
-    os.utime(f"{own}.o", (start, start))
-    os.replace(f"{own}.d", record)
-    os.replace(f"{own}.o", made)
+    print(f"compiling {unit.source} ({unit.name})", flush=True)
+    record.unlink(missing_ok=True)  # and written last: no record, no object
+    start, system = time.time(), [word for path in unit.system for word in ("-isystem", path)]
+    _run([*unit.command, *system, "-c", str(unit.source), "-o", str(made), "-MMD", "-MF", f"{record}.new"])
+    rule = Path(f"{record}.new").read_text(encoding="utf-8")
+    os.utime(made, (start, start))  # when its sources were read
+    Path(f"{record}.new").write_text(f"{command}\n{rule}", encoding="utf-8")
+    os.replace(f"{record}.new", record)
     return made
 
 
@@ -180,14 +193,14 @@ def _is_current(made: Path, record: Path, command: str) -> bool:
         return False
     last, _, rule = record.read_text(encoding="utf-8").partition("\n")
     # A rule of make: "object: file file \\\n file"; spaces in names are escaped.
-    files = shlex.split(rule.replace("\\\n", " ").partition(":")[2])
+    files = [ROOT / file for file in shlex.split(rule.replace("\\\n", " ").partition(": ")[2])]
     age = made.stat().st_mtime
-    return last == command and all(os.path.exists(file) and os.path.getmtime(file) < age for file in files)
+    return last == command and all(file.exists() and file.stat().st_mtime < age for file in files)
 
 
 def _run(command: Sequence[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except OSError as error:
         raise BuildError(f"{command[0]}: {error}") from error
     if done.returncode:
