@@ -9,7 +9,10 @@ processor of its own. Every layout runs the same micro-batch size, so data paral
 import sys
 
 import torch
-from common import Side, engine_step, header, parser, read_config, table, take_turns
+from bare import ROOT
+from common import describe, header, parse, parser, read_config, table
+from ours import engine_step
+from teams import Side, take_turns
 
 OVERRIDES = (
     "model.vocab_size=65",
@@ -34,22 +37,24 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 def main() -> None:
     made = parser(__doc__, rounds=5, steps=1)
+    made.add_argument("--config", default=str(ROOT / "configs/shakespeare_char.json"), help="%(default)s")
     made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="%(default)s")
-    options = made.parse_args()
+    options = parse(made)
     processors = torch.cuda.device_count() if options.device == "cuda" else None
     common = (*OVERRIDES, f"train.precision={options.precision}")
-    config = read_config(options, *common)
+    config = read_config(options, options.config, *common)
     sides = []
     for name, (ranks, settings) in LAYOUTS.items():
         if processors is not None and ranks > processors:
             print(f"left out, for want of {ranks} GPUs: {name}", file=sys.stderr)
             continue
-        args = (read_config(options, *common, *settings), ranks, options.device)
-        sides.append(Side(name, engine_step, args, options.device, ranks))
-    seconds, peaks = take_turns(sides, options.rounds, options.steps)
-    print(header(options, config))
+        args = (read_config(options, options.config, *common, *settings), ranks, options.device)
+        sides.append(Side(name, engine_step, args, options.device, options.threads, ranks))
+    results = take_turns(sides, options.rounds, options.steps)
+    print(header(options, f"{options.rounds} rounds of {options.steps} steps a side, alternating"))
+    print(describe(config))
     tokens = config.train.global_batch_size * config.model.seq_length
-    print(f"\n{options.precision}\n\n{table(sides, tokens, seconds, peaks, baseline=0)}")
+    print(f"\n{options.precision}\n\n{table(results, tokens, [sides[0].name])}")
 
 
 if __name__ == "__main__":

@@ -1,75 +1,189 @@
 """Tokens a second of our training step, in one process, against plain PyTorch of the same model.
 
-Ours is the engine that a training run builds (with DeepSpeed, as always); the plain one is nanoGPT's way
-(plain_gpt.py). All sides take turns in one run, and ratios are taken within each round. The default model is
-nanoGPT's character model with a batch of 16 and no dropout; `--config configs/tiny.json` is quicker, and
-`--set model.hidden_dropout=0.2 --set model.attention_dropout=0.2` is the model as published.
+Ours is the engine that a training run builds (with DeepSpeed, as always); on a GPU machine without DeepSpeed it is our
+model and operations in a plain loop with torch's fused AdamW, and the table says so. The plain one is nanoGPT's way
+(plain_gpt.py). On a CPU all sides take turns in one run, and ratios are taken within each round; on a GPU a side does
+all its rounds before the next is built, for the sake of its memory. MFU counts attention as Megatron-LM does, over the
+whole sequence, although the mask leaves half of it out.
 """
 
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+
 import torch
-from common import Side, Step, engine_step, global_batch, header, parser, read_config, table, take_turns
+from bare import ROOT
+from common import describe, header, parse, parser, read_config, table
+from ours import engine_step, has_engine, loop_step, random_batches
+from roof import gemm_rate
+from teams import Side, Step, one_by_one, take_turns
 
 from megatron_lite.config import Config
 
-OVERRIDES = (
-    "model.vocab_size=65",
-    "model.hidden_dropout=0",
-    "model.attention_dropout=0",
-    "train.micro_batch_size=16",
-    "train.global_batch_size=16",
-)
 OURS, PLAIN = "megatron_lite", "plain PyTorch"
+DATASHEET = 989e12  # dense bf16 of an H100 or H200 (SXM), FLOP/s
 
 
-def build_plain(rank: int, store: str, config: Config, device: str, compiled: bool) -> Step:
+@dataclass(frozen=True)
+class Preset:
+    """A model: a configuration file and what is changed in it."""
+
+    config: str
+    overrides: tuple[str, ...]
+
+
+def _batch(size: int, *overrides: str) -> tuple[str, ...]:
+    return (f"train.micro_batch_size={size}", f"train.global_batch_size={size}", *overrides)
+
+
+def _model(**keys: object) -> tuple[str, ...]:
+    return tuple(f"model.{key}={value}" for key, value in keys.items())
+
+
+_LLAMA = _model(
+    position_embedding="rope",
+    normalization="RMSNorm",
+    activation="swiglu",
+    add_bias_linear="false",
+    tie_embeddings="false",
+)
+# Names in `cuda` are in the order of their worth: a time limit cuts the last ones.
+PRESETS = {
+    "cpu": {
+        # nanoGPT's character model with its published dropout, at a batch for a CPU.
+        "shakespeare_char": Preset("configs/shakespeare_char.json", _batch(16, "model.vocab_size=65")),
+        "768 wide": Preset(
+            "configs/gpt2_125m.json", _batch(2, *_LLAMA, *_model(num_layers=2, vocab_size=50304))
+        ),
+    },
+    "cuda": {
+        "GPT 1.3B": Preset("configs/gpt_1.3b.json", _batch(8)),
+        "8 blocks of Llama 3 8B": Preset(
+            "configs/llama3_8b.json",
+            _batch(
+                2,
+                *_model(num_layers=8, seq_length=4096, vocab_size=32000),
+                "parallel.tensor=1",
+                "parallel.sequence_parallel=false",
+            ),
+        ),
+        "GPT 350M": Preset(
+            "configs/gpt2_125m.json",
+            _batch(16, *_model(num_layers=24, hidden_size=1024, num_attention_heads=16)),
+        ),
+        "GPT 125M": Preset("configs/gpt2_125m.json", _batch(32)),
+    },
+}
+
+
+def build_plain(rank: int, store: str, config: Config, device: str, compiled: str) -> Step:
     """One training step of the plain model."""
-    from plain_gpt import PlainGPT, plain_step
+    from plain_gpt import PlainGPT, PlainTrainer
 
     torch.manual_seed(config.train.seed)
-    model = PlainGPT(config.model).to(device)
-    parts = [
-        torch.from_numpy(part).to(device).split(config.train.micro_batch_size)
-        for part in global_batch(config)
-    ]
-    step = plain_step(model, config, list(zip(*parts, strict=True)), compiled)
-    return step
+    with torch.device(device):
+        model = PlainGPT(config.model)
+    trainer = PlainTrainer(model, config, compiled)
+    batches = random_batches(config, device)
+    return lambda: trainer.step(batches)
 
 
-def sides(config: Config, device: str, compiled: bool) -> list[Side]:
-    """What is compared, our side first and the plain one second."""
+class Comparison:
+    """The sides of one model."""
 
-    def ours(name: str, allocator: bool) -> Side:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, options.device
+        self.engine = has_engine() and not options.loop
+        # Block by block on a GPU, where models have many blocks and the whole would take minutes.
+        self.compiled = "blocks" if self.device == "cuda" else "model"
+
+    def side(self, name: str, build: object, *args: object) -> Side:
+        return Side(name, build, args, self.device, self.options.threads)  # type: ignore[arg-type]
+
+    def ours(self, name: str, config: Config, allocator: bool = True) -> Side:
         kernels = config.kernels.model_copy(update={"cpu_allocator": allocator})
-        args = (config.model_copy(update={"kernels": kernels}), 1, device)
-        return Side(name, engine_step, args, device)
+        config = config.model_copy(update={"kernels": kernels})
+        if self.engine:
+            return self.side(name, engine_step, config, 1, self.device)
+        return self.side(f"{name} (no DeepSpeed: plain loop)", loop_step, config, self.device)
 
-    def plain(name: str, compiled: bool) -> Side:
-        return Side(name, build_plain, (config, device, compiled), device)
+    def plain(self, name: str, config: Config, compiled: str = "") -> Side:
+        return self.side(name, build_plain, config, self.device, compiled)
 
-    made = [ours(OURS, True), plain(PLAIN, False)]
-    if device == "cpu":
-        made.append(ours(f"{OURS}, kernels.cpu_allocator=false", False))
-    if compiled:
-        made.append(plain(f"{PLAIN}, torch.compile", True))
-    return made
+    def sides(self, config: Config, fp32: Config) -> tuple[list[Side], list[str]]:
+        """What is compared, ours first, and the names of the sides that ratios are to."""
+        precision = config.train.precision
+        plain = f"{PLAIN}, {precision}"
+        made = [self.ours(f"{OURS}, {precision}", config), self.plain(plain, config)]
+        baselines = [plain]
+        if self.device == "cpu":
+            if precision != "fp32":
+                baselines.insert(0, f"{PLAIN}, fp32")
+                made.append(self.plain(baselines[0], fp32))
+            if self.engine:
+                made.append(self.ours(f"{OURS}, {precision}, kernels.cpu_allocator=false", config, False))
+        if self.options.compile:
+            made.append(self.plain(f"{plain}, torch.compile", config, self.compiled))
+        return made, baselines
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Preset]:
+    """The models asked for."""
+    if options.config is not None:
+        return {options.config: Preset(options.config, _batch(16, "model.vocab_size=65"))}
+    presets = PRESETS[options.device]
+    return {name: presets[name] for name in options.preset or presets}
 
 
 def main() -> None:
     made = parser(__doc__, rounds=6, steps=2)
-    made.add_argument("--precision", choices=("fp32", "bf16"), action="append", help="default: both")
-    made.add_argument("--compile", action="store_true", help="also the plain model under torch.compile")
-    options = made.parse_args()
-    first = True
-    for precision in options.precision or ("fp32", "bf16"):
-        config = read_config(options, *OVERRIDES, f"train.precision={precision}")
-        if first:
-            print(header(options, config))
-            first = False
-        compared = sides(config, options.device, options.compile)
-        seconds, peaks = take_turns(compared, options.rounds, options.steps)
-        tokens = config.train.global_batch_size * config.model.seq_length
-        print(f"\n{precision}\n\n{table(compared, tokens, seconds, peaks, baseline=1)}", flush=True)
+    names = [name for presets in PRESETS.values() for name in presets]
+    made.add_argument("--preset", action="append", choices=names, help="default: all of the device")
+    made.add_argument("--config", metavar="FILE", help="another model, at batch 16")
+    made.add_argument(
+        "--precision", choices=("fp32", "bf16"), action="append", help="default: both, on a GPU bf16"
+    )
+    made.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    made.add_argument("--loop", action="store_true", help="ours without DeepSpeed, though it is there")
+    made.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="on a GPU: build no side after this long"
+    )
+    options = parse(made)
+    deadline = time.monotonic() + (options.budget or float("inf"))
+    how = "one side after the other" if options.device == "cuda" else "alternating"
+    print(header(options, f"{options.rounds} rounds of {options.steps} steps a side, {how}"))
+    comparison, columns = Comparison(options), []
+    if options.device == "cuda":
+        rate = gemm_rate(torch.bfloat16, "cuda")
+        torch.cuda.empty_cache()
+        print(f"- bf16 matrix product of 8192: {rate / 1e12:.0f} TFLOP/s")
+    for name, preset in chosen(options).items():
+        for precision in options.precision or (("bf16",) if options.device == "cuda" else ("fp32", "bf16")):
+            config, fp32 = (
+                read_config(options, ROOT / preset.config, *preset.overrides, f"train.precision={kind}")
+                for kind in (precision, "fp32")
+            )
+            sides, baselines = comparison.sides(config, fp32)
+            if options.device == "cuda":
+                results = one_by_one(sides, options.rounds, options.steps, deadline)
+                work = (
+                    config.train.global_batch_size * config.model.seq_length * config.model.flops_per_token()
+                )
+                columns = [
+                    ("TFLOP/s", lambda side, seconds, work=work: f"{work / seconds / 1e12:.0f}"),
+                    (
+                        "MFU of the matrix product",
+                        lambda _, seconds, work=work: f"{work / seconds / rate:.1%}",
+                    ),
+                    ("MFU of 989 TFLOP/s", lambda _, seconds, work=work: f"{work / seconds / DATASHEET:.1%}"),
+                ]
+            else:
+                results = take_turns(sides, options.rounds, options.steps)
+            tokens = config.train.global_batch_size * config.model.seq_length
+            print(f"\n#### {name}, {precision}\n\n{describe(config)}\n")
+            print(table(results, tokens, baselines, columns), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """The benchmarks run to the end, fill their tables, and compare the same model; nothing is said of how fast."""
 
+import json
 import math
 import os
 import re
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks.plain_gpt import PlainGPT, plain_step
+from benchmarks.plain_gpt import PlainGPT, PlainTrainer, take_weights
 from megatron_lite.config import Config, build_config
 from megatron_lite.data.loader import Batch
+from megatron_lite.ops.registry import GROUPS
 from megatron_lite.training.schedule import learning_rate
 from tests.distributed import run_ranks
 from tests.training_case import make_engine
@@ -30,57 +31,81 @@ TINY = [
 SPREAD = r"([\d.]+) \(([\d.]+) - ([\d.]+)\)"
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, status: int = 0) -> str:
+    """What a script printed: its output, and where it fails on purpose its errors, too."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *TINY, *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + (done.stderr if status else "")
 
 
-def rows(output: str) -> list[list[str]]:
-    """The cells of the table rows, without the headings."""
-    lines = [line for line in output.splitlines() if line.startswith("| ")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row for row in cells if row[0] not in ("side", "---")]
+def tables(output: str) -> list[list[dict[str, str]]]:
+    """Each table's rows, as cells by title (a title that comes twice: its first)."""
+    found: list[list[dict[str, str]]] = []
+    titles: list[str] | None = None
+    for line in output.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("| "):
+            titles = None
+        elif titles is None:
+            titles = cells
+            found.append([])
+        elif cells[0] != "---":
+            found[-1].append(dict(reversed(list(zip(titles, cells, strict=True)))))
+    return found
 
 
-def check_row(row: list[str], is_baseline: bool) -> None:
-    _, speed, ratio, peak = row
-    for cell in (speed, ratio):
-        found = re.fullmatch(SPREAD, cell)
-        assert found, cell
-        middle, low, high = map(float, found.groups())
-        assert 0 < low <= middle <= high
-    if is_baseline:
-        assert ratio == "1.000 (1.000 - 1.000)"
-    assert float(peak) > 50  # a process that imported torch
+def numbers(cell: str) -> tuple[float, float, float]:
+    """Median, least and most."""
+    found = re.fullmatch(SPREAD, cell)
+    assert found, cell
+    middle, low, high = map(float, found.groups())
+    assert 0 <= low <= middle <= high
+    return middle, low, high
 
 
-def check_header(output: str) -> None:
-    for key in ("date", "machine", "versions", "model", "batch", "turns", "command"):
+def check_header(output: str, *more: str) -> None:
+    for key in ("date", "machine", "versions", "turns", "command", *more):
         assert re.search(rf"^- {key}: \S", output, re.MULTILINE), output
     assert torch.__version__ in output
 
 
 @pytest.mark.slow
 def test_step() -> None:
-    output = run("step.py")
-    check_header(output)
-    assert re.findall(r"^(fp32|bf16)$", output, re.MULTILINE) == ["fp32", "bf16"]
-    found = rows(output)
-    names = ["megatron_lite", "plain PyTorch", "megatron_lite, kernels.cpu_allocator=false"]
-    assert [row[0] for row in found] == names * 2
-    for row in found:
-        check_row(row, row[0] == "plain PyTorch")
+    output = run("step.py", *TINY, "--no-compile")
+    check_header(output, "model", "batch")
+    fp32, bf16 = tables(output)
+    plain = "plain PyTorch, {}".format
+    ours = "megatron_lite, {}".format
+    off = ", kernels.cpu_allocator=false"
+    assert [row["side"] for row in fp32] == [ours("fp32"), plain("fp32"), ours("fp32") + off]
+    assert [row["side"] for row in bf16] == [ours("bf16"), plain("bf16"), plain("fp32"), ours("bf16") + off]
+    for table, baselines in ((fp32, ["fp32"]), (bf16, ["fp32", "bf16"])):
+        for row in table:
+            numbers(row["tokens/s"])
+            assert float(row["peak MiB"]) > 50  # a process that imported torch
+            for kind in baselines:
+                ratio = numbers(row[f"speed / {plain(kind)}"])
+                assert (ratio == (1, 1, 1)) == (row["side"] == plain(kind))
+
+
+@pytest.mark.slow
+def test_step_without_deepspeed_and_with_compile() -> None:
+    (rows,) = tables(run("step.py", *TINY, "--precision", "fp32", "--loop"))
+    assert [row["side"] for row in rows] == [
+        "megatron_lite, fp32 (no DeepSpeed: plain loop)",
+        "plain PyTorch, fp32",
+        "plain PyTorch, fp32, torch.compile",
+    ]
 
 
 @pytest.mark.slow
 def test_parallel() -> None:
-    output = run("parallel.py")
-    check_header(output)
-    found = rows(output)
-    assert [row[0] for row in found] == [
+    output = run("parallel.py", *TINY)
+    check_header(output, "model", "batch")
+    (rows,) = tables(output)
+    assert [row["side"] for row in rows] == [
         "1 rank",
         "TP2",
         "TP2 + sequence parallel",
@@ -90,8 +115,9 @@ def test_parallel() -> None:
         "DP2, ZeRO-3",
         "TP2 x PP2",
     ]
-    for row in found:
-        check_row(row, row[0] == "1 rank")
+    for row in rows:
+        assert numbers(row["tokens/s"])[1] > 0 and float(row["peak MiB of a rank"]) > 50
+        assert (numbers(row["speed / 1 rank"]) == (1, 1, 1)) == (row["side"] == "1 rank")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +128,81 @@ def test_parallel() -> None:
     ],
 )
 def test_bad_settings_end_it(arguments: tuple[str, ...], status: int, said: str) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/step.py"), *TINY, *arguments, "--precision", "fp32"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert said in run("step.py", *TINY, *arguments, "--precision", "fp32", status=status)
+
+
+# ------------------------------------------------------------------------------------- the operations
+
+
+def test_every_operation_is_measured() -> None:
+    used = {name for line in run("ops.py", "--list").splitlines() for name in line.partition(": ")[2].split()}
+    assert used == {name for names in GROUPS.values() for name in names}
+
+
+@pytest.mark.slow
+def test_ops() -> None:
+    output = run("ops.py", "--sizes", "tiny", "--rounds", "2", "--no-compile")
+    check_header(output)
+    assert re.findall(r"^#### (\w+)$", output, re.MULTILINE) == ["fp32", "bf16"]
+    listed = [line.partition(": ")[0] for line in run("ops.py", "--list").splitlines()]
+    for table in tables(output):
+        assert [row["operation"] for row in table] == listed
+        for row in table:
+            assert numbers(row["plain ms"])[1] > 0 and numbers(row["ours ms"])[1] > 0
+            numbers(row["plain / ours"])
+            assert row["compile ms"] == row["compile / ours"] == "-"
+            assert row["backend"] and float(row["MiB plain"]) >= 0 and row["roof"].endswith("%")
+
+
+@pytest.mark.slow
+def test_ops_under_compile_and_their_memory() -> None:
+    """Of the size of a real model, since a tiny operation's memory is below what a page can show."""
+    output = run(
+        "ops.py", "--sizes", "cpu", "--quick", "--only", "add_rms", "--dtype", "fp32", "--threads", "2"
+    )
+    ((row,),) = tables(output)
+    assert numbers(row["compile ms"])[1] > 0
+    # 2048 x 768 in fp32 is 6 MiB. Forward gives two such tensors, backward two more, which ours may share.
+    assert 12 <= float(row["MiB plain"]) < 100
+
+
+def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
+    """The plain GELU is off by a factor here; ours is not."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch.nn.functional as F\nright = F.gelu\nF.gelu = lambda *a, **k: 1.01 * right(*a, **k)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/ops.py"),
+        "--sizes",
+        "tiny",
+        "--only",
+        "gelu",
+        "--no-compile",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == status
-    assert said in done.stderr
+    assert done.returncode == 1 and "FAILED: gelu, tiny, fp32: gelu" in done.stdout, done.stdout + done.stderr
+
+
+# ----------------------------------------------------------------------------------------- the curves
+
+
+@pytest.mark.slow
+def test_curve(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    small = [("hidden_size", 16), ("num_layers", 1), ("num_attention_heads", 2), ("seq_length", 16)]
+    sets = [word for key, value in small for word in ("--set", f"model.{key}={value}")]
+    arguments = ("--text", str(text), "--steps", "6", "--window", "2", *sets)
+    output = run("curve.py", *arguments)
+    check_header(output, "model", "batch", "text")
+    (rows,) = tables(output)
+    sides = ["megatron_lite, fp32", "megatron_lite, bf16", "plain PyTorch, fp32"]
+    assert [row["step"] for row in rows] == ["2", "4", "6", "seconds"]
+    assert all(float(row[side]) > 0 for row in rows[:-1] for side in sides)
+    assert len(re.findall(r"^- largest difference of .*: \d+\.\d+%$", output, re.MULTILINE)) == 3
+    assert "largest difference" in run("curve.py", *arguments, "--limit", "0", "--no-plain", status=1)
 
 
 # ------------------------------------------------------------------------------------- the same model
@@ -128,60 +224,85 @@ CONFIG: dict[str, Any] = {
 STEPS = 5
 
 
-@torch.no_grad()
-def copy_weights(plain: PlainGPT, ours: dict[str, Tensor], heads: int) -> None:
-    """Ours lays query, key and value out head by head, the plain model all queries first."""
-
-    def projection(name: str) -> Tensor:
-        tensor = ours[name]
-        size = tensor.size(0) // (3 * heads)
-        return tensor.unflatten(0, (heads, 3, size)).transpose(0, 1).flatten(0, 2)
-
-    plain.wte.weight.copy_(ours["embed.weight"])
-    plain.wpe.weight.copy_(ours["position.weight"])
-    for kind in ("weight", "bias"):
-        getattr(plain.ln_f, kind).copy_(ours[f"norm.{kind}"])
-        for number, block in enumerate(plain.blocks):
-            name = f"blocks.{number}"
-            getattr(block.c_attn, kind).copy_(projection(f"{name}.attention.linear_qkv.{kind}"))
-            pairs = {
-                "ln_1": "input_layernorm",
-                "c_proj": "attention.linear_proj",
-                "ln_2": "pre_mlp_layernorm",
-                "c_fc": "mlp.linear_fc1",
-                "mlp_proj": "mlp.linear_fc2",
-            }
-            for theirs, own in pairs.items():
-                getattr(getattr(block, theirs), kind).copy_(ours[f"{name}.{own}.{kind}"])
-
-
 def both(config: Config) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """(loss, gradient norm) of each step of ours and of the plain model, from the same weights."""
     engine = make_engine(config)
     plain = PlainGPT(config.model)
-    weights = {name: parameter.detach() for name, parameter in engine.named_parameters()}
-    copy_weights(plain, weights, config.model.num_attention_heads)
+    take_weights(plain, dict(engine.named_parameters()), config.model)
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, 61, (4, 17))
     inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
     mask = np.ones((2, 16), np.float32)
     batches = [Batch(inputs[i : i + 2], labels[i : i + 2], mask, None, None) for i in (0, 2)]
-    step = plain_step(
-        plain, config, [(torch.from_numpy(b.tokens), torch.from_numpy(b.labels)) for b in batches]
-    )
+    trainer = PlainTrainer(plain, config)
+    pairs = [(torch.from_numpy(b.tokens), torch.from_numpy(b.labels)) for b in batches]
     ours, theirs = [], []
     for number in range(STEPS):
         engine.set_learning_rate(learning_rate(config, number))
         result = engine.train_step(batches, number)
         ours.append((result.loss, result.grad_norm))
-        loss, norm = step()
+        loss, norm = trainer.step(pairs)
         theirs.append((float(loss), float(norm)))
     return ours, theirs
 
 
+GPT2: dict[str, Any] = {}
+LLAMA: dict[str, Any] = {
+    "position_embedding": "rope",
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "num_query_groups": 2,
+    "add_bias_linear": False,
+    "tie_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 2e-6), ("bf16", 1e-2)])
-def test_both_sides_train_the_same_model(precision: str, bound: float) -> None:
-    config = build_config(CONFIG | {"train": CONFIG["train"] | {"precision": precision}})
+def test_both_sides_train_the_same_model(precision: str, bound: float, model: dict[str, Any]) -> None:
+    config = build_config(
+        CONFIG | {"model": CONFIG["model"] | model, "train": CONFIG["train"] | {"precision": precision}}
+    )
     ((ours, theirs),) = run_ranks(1, both, config)
     assert theirs[-1][0] < theirs[0][0] - 0.1 and not math.isnan(theirs[-1][0])
     np.testing.assert_allclose(ours, theirs, rtol=bound)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loop_without_deepspeed_trains_the_same_model(precision: str) -> None:
+    """The plain loop against the engine: a subprocess, as benchmarks import one another by their bare names."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            LOOP,
+            json.dumps(CONFIG | {"train": CONFIG["train"] | {"precision": precision}}),
+        ],
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    loop, engine = (np.array(found) for found in json.loads(done.stdout.splitlines()[-1]))
+    assert engine[-1, 0] < engine[0, 0] - 0.1
+    np.testing.assert_allclose(loop, engine, rtol=1e-5 if precision == "fp32" else 1e-2)
+
+
+LOOP = f"""
+import json, sys
+import torch
+from ours import Loop, as_batches, make_engine, random_batches
+from megatron_lite.config import build_config
+config = build_config(json.loads(sys.argv[1]))
+pairs = random_batches(config)
+loop, engine = Loop(config, torch.device("cpu")), make_engine(0, "", config, 1, "cpu")
+engine.set_learning_rate(config.optimizer.lr)
+found = [[], []]
+for number in range({STEPS}):
+    loss, norm = loop.step(pairs)
+    found[0].append((float(loss), float(norm)))
+    result = engine.train_step(as_batches(pairs), number)
+    found[1].append((result.loss, result.grad_norm))
+print(json.dumps(found))
+"""
