@@ -67,9 +67,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, gradient: Raw, dy: Tensor | None, dsum: Tensor | None = None) -> tuple[Any, ...]:
     bias = ctx.needs_input_grad[-3]
-    terms = (
-        len(ctx.needs_input_grad) - 4
-    )  # of the sum that is normalised: x, and the residual if there is one
+    terms = len(ctx.needs_input_grad) - 4  # of the sum that is normalised: x, or x and the residual
     if dy is None:
         return (*(dsum,) * terms, None, None, None, None)
     dx, dweight, dbias = gradient(dy, dsum, *ctx.saved_tensors, ctx.rms, bias)
