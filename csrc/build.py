@@ -153,7 +153,8 @@ def compile_units(units: Sequence[Unit], folder: Path, jobs: int = 1) -> list[Pa
 
 def link(objects: Sequence[Path], library: Path, nvcc: str | None = None) -> None:
     """One shared library; with nvcc, the CUDA runtime is a part of it, so that it loads where there is none."""
-    command = [*_nvcc(nvcc), "-cudart", "static", "-Xcompiler", "-fopenmp"] if nvcc else [*cxx(), "-fopenmp"]
+    static = ("-cudart", "static", "-Xcompiler", "-fopenmp")
+    command = [*_nvcc_command(nvcc), *static] if nvcc else [*cxx(), "-fopenmp"]
     library.parent.mkdir(parents=True, exist_ok=True)
     _run([*command, "-shared", *map(str, objects), "-o", str(library)])
 
