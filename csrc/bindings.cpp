@@ -115,10 +115,10 @@ PYBIND11_MODULE(_kernels, module) {
   module.def(
       "cpu_instruction_set",
       [] {
-        const char* const names[] = {"baseline", "avx2", "avx512"};
+        const char* const names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
         return names[mlite_cpu_instruction_set()];
       },
-      "What the CPU kernels use here: avx512, avx2 or baseline.");
+      "What the CPU kernels use here: avx512bf16, avx512, avx2 or baseline.");
   module.def("cpu_num_threads", &omp_get_max_threads, "Threads of a kernel that the calling thread starts.");
 #define MLITE_BIND_CPU(name) bind<false>(module, "cpu_" #name, mlite_cpu_##name);
 #define MLITE_BIND_CPU_STRIDED(name) bind<true>(module, "cpu_" #name, mlite_cpu_##name);

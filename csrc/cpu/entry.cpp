@@ -3,7 +3,7 @@
 #include "functions.h"
 
 #ifdef __x86_64__
-#define MLITE_BUILDS(X, name) X(name, avx512) X(name, avx2) X(name, baseline)
+#define MLITE_BUILDS(X, name) X(name, avx512bf16) X(name, avx512) X(name, avx2) X(name, baseline)
 #else
 #define MLITE_BUILDS(X, name) X(name, baseline)
 #endif
@@ -15,7 +15,8 @@ static int best_instruction_set() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? 2 : 1;
+  if (!avx512) return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 #else
   return 0;
 #endif
@@ -25,7 +26,9 @@ static int best_instruction_set() {
 #ifdef __x86_64__
 #define MLITE_CHOOSE(name)                 \
   const int best = best_instruction_set(); \
-  return best == 2 ? mlite_cpu_##name##_avx512 : best == 1 ? mlite_cpu_##name##_avx2 : mlite_cpu_##name##_baseline
+  if (best == 3) return mlite_cpu_##name##_avx512bf16; \
+  if (best == 2) return mlite_cpu_##name##_avx512; \
+  return best == 1 ? mlite_cpu_##name##_avx2 : mlite_cpu_##name##_baseline
 #else
 #define MLITE_CHOOSE(name) return mlite_cpu_##name##_baseline
 #endif
@@ -38,7 +41,7 @@ extern "C" {
 
 MLITE_CPU_FUNCTIONS(MLITE_ENTRY)
 
-// 0 baseline, 1 avx2, 2 avx512: builds up to this one run on this machine.
+// 0 baseline, 1 avx2, 2 avx512, 3 avx512bf16: builds up to this one run on this machine.
 int mlite_cpu_instruction_set() { return best_instruction_set(); }
 
 int64_t mlite_cpu_workspace_rows(int64_t rows, int64_t) {

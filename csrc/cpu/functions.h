@@ -1,5 +1,6 @@
-// The functions of kernels.h that csrc/cpu compiles once per instruction set.
+// The functions of csrc/include that csrc/cpu compiles once per instruction set.
 #pragma once
+#include "../include/attention.h"
 #include "../include/kernels.h"
 
 #define MLITE_CPU_FUNCTIONS(X) \
@@ -14,4 +15,7 @@
   X(softmax_backward)          \
   X(cross_entropy_stats)       \
   X(cross_entropy_grad)        \
-  X(dropout)
+  X(dropout)                   \
+  X(attention_forward)         \
+  X(attention_workspace)       \
+  X(attention_backward)

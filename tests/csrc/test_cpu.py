@@ -2,8 +2,6 @@
 
 import ctypes
 import math
-import platform
-import subprocess
 from functools import cache
 from typing import Any
 
@@ -13,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from csrc import build
 from tests.csrc import checks
 from tests.csrc.emulation import (
-    CSRC,
     DTYPES,
     GUARD,
     Library,
@@ -26,25 +24,7 @@ from tests.csrc.emulation import (
     signatures,
 )
 
-SOURCES = ["norm", "activations", "rotary", "softmax", "cross_entropy", "dropout"]
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-psabi",
-]
-ISA_FLAGS = {
-    "baseline": ["-DMLITE_LANES=4"],
-    "avx2": ["-DMLITE_LANES=8", "-mavx2", "-mfma"],
-    "avx512": ["-DMLITE_LANES=16", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
-}
-ISAS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+ISAS = build.isas()
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16])
 KINDS = ["gelu", "gelu_tanh", "swiglu"]
 COLS = st.one_of(st.integers(1, 80), st.sampled_from([256, 768, 1281, 2048 + 5]))
@@ -53,20 +33,8 @@ COLS = st.one_of(st.integers(1, 80), st.sampled_from([256, 768, 1281, 2048 + 5])
 @cache
 def _built() -> ctypes.CDLL:
     folder = new_folder()
-    objects = [folder / "entry.o"]
-    commands = [[*FLAGS, "-c", str(CSRC / "cpu" / "entry.cpp"), "-o", str(objects[0])]]
-    for isa in ISAS:
-        for source in SOURCES:
-            objects.append(folder / f"{source}_{isa}.o")
-            file = str(CSRC / "cpu" / f"{source}.cpp")
-            commands.append(
-                [*FLAGS, f"-DMLITE_ISA={isa}", *ISA_FLAGS[isa], "-c", file, "-o", str(objects[-1])]
-            )
     library = folder / "library.so"
-    for command in [*commands, ["-shared", "-fopenmp", *map(str, objects), "-o", str(library)]]:
-        done = subprocess.run(["g++", *command], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"g++ {' '.join(command)}\n{done.stderr}")
+    build.link(build.compile_units(build.cpu_units("-Wall", "-Wextra", "-Werror"), folder), library)
     return ctypes.CDLL(str(library))
 
 
