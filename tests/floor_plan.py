@@ -36,6 +36,7 @@ DOORS = {
     "transformer_engine": ("megatron_lite/ops",),
     "apex": ("megatron_lite/ops",),
     "megatron_lite.data._index": ("megatron_lite/data",),
+    "megatron_lite.ops._kernels": ("megatron_lite/ops",),
 }
 # These start without torch, and so do the tools over them.
 TORCH_FREE = ("config", "tokenizers", "data", "corpus")
