@@ -187,6 +187,8 @@ class CheckpointConfig(Section):
 
 _Plain = Literal["auto", "native", "compile", "reference"]
 _PLAIN = {"torch": "reference", "eager": "reference", "torch_compile": "compile", "torch.compile": "compile"}
+_PACKAGES = {"te": "transformer_engine", "flash_attn": "flash_attn_2", "flash_attention": "flash_attn_2"}
+_PACKAGES |= {f"fa{version}": f"flash_attn_{version}" for version in (2, 3, 4)}
 
 
 class KernelsConfig(Section):
@@ -196,23 +198,39 @@ class KernelsConfig(Section):
     """
 
     attention: Literal[
-        "auto", "native", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "compile", "reference"
+        "auto",
+        "native",
+        "flash_attn_2",
+        "flash_attn_3",
+        "flash_attn_4",
+        "transformer_engine",
+        "sdpa",
+        "sdpa_cudnn",
+        "sdpa_flash",
+        "sdpa_efficient",
+        "compile",
+        "reference",
     ] = Field(
         default="auto",
         description="attention; sdpa: torch's scaled_dot_product_attention, with the kernel that torch chooses "
         "or the one named",
     )
-    norm: _Plain = Field(default="auto", description="LayerNorm and RMSNorm, alone and with a residual added")
+    norm: Literal["auto", "native", "transformer_engine", "apex", "compile", "reference"] = Field(
+        default="auto", description="LayerNorm and RMSNorm, alone and with a residual added"
+    )
     activation: _Plain = Field(default="auto", description="GELU and SwiGLU")
     rotary: _Plain = Field(default="auto", description="rotary position embedding")
     dropout: _Plain = Field(default="auto", description="dropout, the same on every layout")
     softmax: _Plain = Field(default="auto", description="masked softmax")
     cross_entropy: _Plain = Field(default="auto", description="cross entropy, also over a split vocabulary")
-    linear: Literal["auto", "torch"] = Field(default="auto", description="the blocks' linear layers")
+    linear: Literal["auto", "torch", "fp8"] = Field(
+        default="auto",
+        description="the blocks' linear layers; auto: torch; fp8: through transformer-engine, on Hopper or newer",
+    )
     cpu_allocator: bool = Field(default=True, description="tune the CPU allocator for large tensors")
 
-    _attentions = alias("attention", _PLAIN | {"torch": "sdpa"})
-    _norms = alias("norm", _PLAIN)
+    _attentions = alias("attention", _PLAIN | _PACKAGES | {"torch": "sdpa"})
+    _norms = alias("norm", _PLAIN | _PACKAGES)
     _activations = alias("activation", _PLAIN)
     _rotaries = alias("rotary", _PLAIN)
     _dropouts = alias("dropout", _PLAIN)

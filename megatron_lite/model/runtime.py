@@ -41,7 +41,7 @@ class Runtime:
     @property
     def build(self) -> Build:
         """The part of it that parameters are made with."""
-        return Build(self.mesh, self.seed, self.dtype, self.device)
+        return Build(self.mesh, self.seed, self.dtype, self.device, self.ops.linear)
 
     def context(
         self, positions: Tensor | None = None, segments: Tensor | None = None, cache: "KVCache | None" = None

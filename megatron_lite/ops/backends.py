@@ -4,10 +4,10 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from megatron_lite.config import Config
 
@@ -61,23 +61,35 @@ class Needs:
             linear_sizes=(*features, config.train.micro_batch_size * model.seq_length),
         )
 
-    @property
-    def half(self) -> bool:
-        """Whether the type is one that tensor cores take."""
-        return self.dtype in HALVES
-
-    def lacks_gpu(self, least: tuple[int, int], below: tuple[int, int] = (99, 0)) -> Iterator[str]:
+    def lacks_gpu(self, least: tuple[int, int], below: tuple[int, int] | None = None) -> Iterator[str]:
         """Why this is not a CUDA device with a capability from `least` on and less than `below`."""
         if self.capability is None:
             yield "it needs an NVIDIA GPU"
-        elif not least <= self.capability < below:
-            upper = "" if below == (99, 0) else f" and less than {_dotted(below)}"
+        elif self.capability < least or (below is not None and self.capability >= below):
+            upper = f" and less than {_dotted(below)}" if below else ""
             yield f"it needs a GPU of capability {_dotted(least)}{upper}, not {_dotted(self.capability)}"
 
-    def lacks_half(self) -> Iterator[str]:
+    def lacks_tensor_cores(self) -> Iterator[str]:
         """Why a kernel on tensor cores does not take this type."""
-        if not self.half:
+        if self.dtype not in HALVES:
             yield f"it takes bf16 and fp16, not {name_of(self.dtype)}"
+
+    def lacks_head_dim(self, most: int, multiple: int = 1) -> Iterator[str]:
+        """Why a kernel for heads up to a width, a multiple of a number, does not take these."""
+        if self.head_dim > most:
+            yield f"head_dim {self.head_dim} is more than {most}"
+        if self.head_dim % multiple:
+            yield f"head_dim {self.head_dim} is no multiple of {multiple}"
+
+    def lacks_own_dropout(self) -> Iterator[str]:
+        """Why a kernel with random numbers of its own, or none, cannot drop attention probabilities."""
+        if self.attention_dropout:
+            yield "it has no attention dropout that is the same on every layout"
+
+    def lacks_runs(self) -> Iterator[str]:
+        """Why a kernel for packed sequences does not take these documents."""
+        if self.documents == "scattered":
+            yield "it takes documents only if their tokens are neighbours"
 
 
 @dataclass(frozen=True)
@@ -99,26 +111,45 @@ class Backend:
         return "; ".join(dict.fromkeys(self.lacks(group, needs))) or None
 
 
-def lacks_package(module: str, name: str, install: str) -> Iterator[str]:
-    """Why `name` cannot be had from a module of another package; importing it is tried only where it is there.
+def lacks_package(module: str, name: str, install: str, *, importing: bool) -> Iterator[str]:
+    """Why `name` cannot be had from a module of another package.
 
     Args:
         install: how to get it, for the message.
+        importing: whether to import it, too; there is no need to where something else is lacking.
     """
-    parent = module.partition(".")[0]
-    if importlib.util.find_spec(parent) is None:
-        yield f"{parent} is not installed ({install})"
-        return
-    try:
-        if not hasattr(importlib.import_module(module), name):
-            yield f"{parent} is there without {name} ({install})"
-    except Exception as error:  # whatever a broken package does must not end a run that does not need it
-        yield f"{module} cannot be imported: {str(error).splitlines()[0] if str(error) else repr(error)}"
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        yield f"{package} is not installed ({install})"
+    elif importing:
+        try:
+            if not hasattr(importlib.import_module(module), name):
+                yield f"{module} is there without {name} ({install})"
+        except Exception as error:  # whatever a broken package does must not end a run that can do without it
+            yield f"{module} cannot be imported: {str(error).splitlines()[0] if str(error) else repr(error)}"
 
 
-def load(module: str) -> ModuleType:
-    """A module that `lacks_package` found nothing wrong with."""
-    return importlib.import_module(module)
+def with_residual(
+    layer_norm: Callable[..., Tensor], rms_norm: Callable[..., Tensor]
+) -> dict[str, Callable[..., Any]]:
+    """The four operations on norms from the two without a residual."""
+
+    def add_layer_norm(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return layer_norm(total, weight, bias, eps), total
+
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return rms_norm(total, weight, eps), total
+
+    return {
+        "layer_norm": layer_norm,
+        "rms_norm": rms_norm,
+        "add_layer_norm": add_layer_norm,
+        "add_rms_norm": add_rms_norm,
+    }
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from megatron_lite.config import KernelsConfig
-from megatron_lite.ops import compiled, reference, sdpa
+from megatron_lite.ops import apex, compiled, flash_attention, reference, sdpa, transformer_engine
 from megatron_lite.ops.backends import Backend, Needs
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -69,10 +69,7 @@ def _native_lacks(group: str, needs: Needs) -> Iterator[str]:
     if needs.device == "cuda":
         yield from needs.lacks_gpu((8, 0))
     if group == "attention":
-        if needs.head_dim > 256:
-            yield f"head_dim {needs.head_dim} is more than 256"
-        if needs.device == "cuda" and needs.head_dim % 8:
-            yield f"head_dim {needs.head_dim} is no multiple of 8"
+        yield from needs.lacks_head_dim(256, 8 if needs.device == "cuda" else 1)
 
 
 def _nothing(group: str, needs: Needs) -> Iterator[str]:
@@ -88,10 +85,22 @@ def _sdpa(kernel: SDPBackend | None = None) -> Backend:
     return Backend(_ATTENTION, partial(sdpa.lacks, kernel=kernel), partial(sdpa.load, kernel=kernel))
 
 
+def _flash(version: int) -> Backend:
+    lacks, load = flash_attention.lacks, flash_attention.load
+    return Backend(_ATTENTION, partial(lacks, version=version), partial(load, version=version))
+
+
 BACKENDS: dict[str, Backend] = {
     # Our kernels (csrc).
     "native": Backend(_OURS, _native_lacks, partial(_load_from, "megatron_lite.ops.native")),
-    # torch's scaled_dot_product_attention: with the kernel that torch chooses, or with one by name.
+    # Packages that may be installed.
+    "flash_attn_2": _flash(2),
+    "flash_attn_3": _flash(3),
+    "flash_attn_4": _flash(4),
+    "transformer_engine": Backend(("attention", "norm"), transformer_engine.lacks, transformer_engine.load),
+    "fp8": Backend(("linear",), transformer_engine.lacks_fp8, transformer_engine.load_fp8),
+    "apex": Backend(("norm",), apex.lacks, apex.load),
+    # torch's scaled_dot_product_attention, with the kernel that torch chooses or with one by name.
     "sdpa": _sdpa(),
     "sdpa_cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "sdpa_flash": _sdpa(SDPBackend.FLASH_ATTENTION),
@@ -101,22 +110,27 @@ BACKENDS: dict[str, Backend] = {
     "compile": Backend(_OURS, compiled.lacks, lambda group: compiled.load(GROUPS[group])),
     "reference": Backend(_OURS, _nothing, partial(_load_from, "megatron_lite.ops.reference")),
 }
-"""Every backend; those whose package is not there say so."""
+"""Every backend: what it may serve, why it may not, and where its functions are."""
+
+# What `auto` tries for attention on a GPU, best first, by least capability: published forward and backward rates on
+# Hopper (bf16, head_dim 128) are 648/561 TFLOP/s for FlashAttention-3, 595/516 for cuDNN, 370/322 for FlashAttention-2.
+_GPU_ATTENTION = {
+    (10, 0): ("flash_attn_4", "sdpa_cudnn", "flash_attn_2", "native", "sdpa", "reference"),
+    (9, 0): ("flash_attn_3", "sdpa_cudnn", "flash_attn_2", "native", "sdpa", "reference"),
+    (8, 0): ("flash_attn_2", "sdpa_flash", "native", "sdpa", "reference"),
+    (0, 0): ("sdpa", "reference"),
+}
 
 
 def preference(group: str, needs: Needs) -> tuple[str, ...]:
-    """What `auto` tries, best first. Sources: docs/architecture.md."""
+    """What `auto` tries, best first; the rest is to be had by name only."""
     if group == "linear":
         return ("torch",)
     if group != "attention":
         return ("native", "reference")
     if needs.capability is None:
         return ("native", "sdpa", "reference")
-    if needs.capability >= (9, 0):
-        return ("sdpa_cudnn", "native", "sdpa", "reference")
-    if needs.capability >= (8, 0):
-        return ("sdpa_flash", "native", "sdpa", "reference")
-    return ("sdpa", "reference")
+    return next(order for least, order in _GPU_ATTENTION.items() if needs.capability >= least)
 
 
 def usable(group: str, needs: Needs) -> list[str]:
@@ -131,7 +145,7 @@ def build_ops(kernels: KernelsConfig, needs: Needs | None = None) -> Ops:
 
     Raises:
         ValueError: backends asked for by name do not exist or cannot serve the run; the message says why, and what
-            can.
+            can instead.
     """
     needs = needs or Needs()
     functions: dict[str, Callable[..., Any]] = {}
@@ -171,5 +185,5 @@ def _best(group: str, needs: Needs) -> tuple[str, str]:
         if reason is None:
             rest = [f"before {', '.join(order[place + 1 :])}"] if order[place + 1 :] else []
             return name, "; ".join(["auto", *rest, *passed])
-        passed.append(f"not {name}: {reason}")
+        passed.append(f"not {name}: {reason.split('; ')[0].split(' (')[0]}")
     raise AssertionError(f"the last of {order} serves everything")

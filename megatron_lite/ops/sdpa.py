@@ -21,14 +21,13 @@ _PROBES = {
 
 
 def lacks(group: str, needs: Needs, kernel: SDPBackend | None = None) -> Iterator[str]:
-    if needs.attention_dropout:
-        yield "torch draws attention dropout from its own generator, differently on every layout"
+    yield from needs.lacks_own_dropout()
     if kernel is None:
         return
     efficient = kernel == SDPBackend.EFFICIENT_ATTENTION
     yield from needs.lacks_gpu((5, 0) if efficient else (8, 0))
     if not efficient:
-        yield from needs.lacks_half()
+        yield from needs.lacks_tensor_cores()
         if needs.documents != "none":
             yield "it takes documents, if at all, as a mask of queries x keys in memory"
     if needs.capability is not None and torch.cuda.is_available() and not _probe(kernel, needs):

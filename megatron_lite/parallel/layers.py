@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_lite.parallel.collectives import (
     copy_to_tensor_region,
+    enter_tensor_region,
     leave_tensor_region,
 )
 from megatron_lite.parallel.linear import column_parallel_linear
@@ -23,12 +24,17 @@ from megatron_lite.parallel.parameter import create_parameter
 
 @dataclass(frozen=True)
 class Build:
-    """What every layer needs to make its parameters."""
+    """What every layer needs to make its parameters, and the blocks' linear layers for their products.
+
+    Attributes:
+        linear: `linear(x, weight, bias)`, of this rank's features.
+    """
 
     mesh: Mesh
     seed: int
     dtype: torch.dtype
     device: torch.device
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
 
     def parameter(
         self,
@@ -88,7 +94,7 @@ class ColumnParallelLinear(nn.Module):
         activation: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.mesh, self.activation = build.mesh, activation
+        self.mesh, self.linear, self.activation = build.mesh, build.linear, activation
         dim = len(out_shape) - 1
         self.weight = build.parameter(f"{name}.weight", (*out_shape, in_features), dim=dim, std=std)
         self.bias = build.parameter(f"{name}.bias", out_shape, dim=dim) if bias else None
@@ -97,8 +103,13 @@ class ColumnParallelLinear(nn.Module):
         bias = None if self.bias is None else self.bias.flatten()
         weight = self.weight.flatten(0, -2)
         if self.activation is None:
+            return self._product(x, weight, bias)
+        return self.activation(self._product(x, weight, None), bias)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.linear is F.linear:
             return column_parallel_linear(x, weight, bias, self.mesh)
-        return self.activation(column_parallel_linear(x, weight, None, self.mesh), bias)
+        return self.linear(enter_tensor_region(x, self.mesh), weight, bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -112,14 +123,14 @@ class RowParallelLinear(nn.Module):
         self, name: str, in_features: int, out_features: int, build: Build, *, bias: bool, std: float
     ) -> None:
         super().__init__()
-        self.mesh = build.mesh
+        self.mesh, self.linear = build.mesh, build.linear
         self.weight = build.parameter(f"{name}.weight", (out_features, in_features), dim=1, std=std)
         self.bias = build.parameter(f"{name}.bias", (out_features,)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mesh.tensor_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = leave_tensor_region(F.linear(x, self.weight), self.mesh)
+            return self.linear(x, self.weight, self.bias)
+        y = leave_tensor_region(self.linear(x, self.weight, None), self.mesh)
         return y if self.bias is None else y + replicated(self.bias, self.mesh)
 
 

@@ -39,6 +39,10 @@ def test_every_operation_belongs_to_one_group() -> None:
     [
         ({"attention": "torch"}, "sdpa"),
         ({"attention": "SDPA"}, "sdpa"),
+        ({"attention": "flash_attn"}, "flash_attn_2"),
+        ({"attention": "fa3"}, "flash_attn_3"),
+        ({"attention": "TE"}, "transformer_engine"),
+        ({"norm": "te"}, "transformer_engine"),
         ({"norm": "torch"}, "reference"),
         ({"rotary": "torch.compile"}, "compile"),
         ({"cross_entropy": "eager"}, "reference"),
@@ -52,7 +56,7 @@ def test_names_people_type(written: dict[str, str], meant: str) -> None:
 def test_a_name_that_is_not_there_ends_before_anything_else() -> None:
     with pytest.raises(ConfigError, match=r"kernels\.attention.*sdpa_cudnn"):
         config(kernels__attention="sdpa_cudn")
-    with pytest.raises(ValueError, match="norm: no backend 'sdpa'; there are auto, native, compile"):
+    with pytest.raises(ValueError, match="norm: no backend 'sdpa'; there are auto, native, trans"):
         build_ops(KernelsConfig.model_construct(norm="sdpa"))
 
 
@@ -69,8 +73,12 @@ def test_the_reference_by_name() -> None:
     ("needs", "order"),
     [
         (Needs(), ("native", "sdpa", "reference")),
-        (HOPPER, ("sdpa_cudnn", "native", "sdpa", "reference")),
-        (replace(HOPPER, capability=(8, 6)), ("sdpa_flash", "native", "sdpa", "reference")),
+        (
+            replace(HOPPER, capability=(12, 0)),
+            ("flash_attn_4", "sdpa_cudnn", "flash_attn_2", "native", "sdpa", "reference"),
+        ),
+        (HOPPER, ("flash_attn_3", "sdpa_cudnn", "flash_attn_2", "native", "sdpa", "reference")),
+        (replace(HOPPER, capability=(8, 6)), ("flash_attn_2", "sdpa_flash", "native", "sdpa", "reference")),
         (replace(HOPPER, capability=(7, 0)), ("sdpa", "reference")),
     ],
 )
@@ -82,11 +90,11 @@ def test_the_order_of_auto(needs: Needs, order: tuple[str, ...], monkeypatch: py
 
 
 def test_auto_says_what_it_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = replace(ANYTHING["native"], lacks=lambda group, needs: iter(["no", "never", "no"]))
+    broken = replace(ANYTHING["native"], lacks=lambda group, needs: iter(["not built (make it)", "never"]))
     monkeypatch.setattr(registry, "BACKENDS", {**ANYTHING, "native": broken})
     ops = build_ops(kernels())
     assert ops.chosen["attention"] == "sdpa" and ops.chosen["norm"] == "reference"
-    assert ops.why["attention"] == "auto; before reference; not native: no; never"
+    assert ops.why["attention"] == "auto; before reference; not native: not built"
     table = ops.table()
     assert len(table) == len(GROUPS) and table[0].split()[:2] == ["attention", "sdpa"]
     assert len({line.index(ops.why[group]) for line, group in zip(table, GROUPS, strict=True)}) == 1
@@ -97,7 +105,7 @@ def test_a_backend_by_name_that_cannot_serve_is_an_error_with_the_reason_and_wha
     with pytest.raises(ValueError) as caught:
         build_ops(kernels(attention="sdpa", dropout="compile"), dropping)
     first, second = str(caught.value).splitlines()
-    assert first.startswith("kernels.attention: sdpa cannot serve this run: torch draws attention dropout")
+    assert first.startswith("kernels.attention: sdpa cannot serve this run: it has no attention dropout")
     assert (
         first.endswith("reference") and "; what can: auto, " in first and "sdpa" not in first.split("; ")[-1]
     )
@@ -156,7 +164,7 @@ def test_packages(
     if source is not None:
         (tmp_path / f"{package}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    said = list(lacks_package(package, "fast", "pip install it"))
+    said = list(lacks_package(package, "fast", "pip install it", importing=True))
     assert (said == []) if reason is None else (len(said) == 1 and said[0].endswith(reason))
 
 

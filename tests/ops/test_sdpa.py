@@ -66,7 +66,7 @@ def test_only_the_kernel_asked_for_is_used(kernel: SDPBackend) -> None:
 @pytest.mark.parametrize(
     ("kernel", "needs", "reason"),
     [
-        (None, {"attention_dropout": True}, "its own generator, differently on every layout"),
+        (None, {"attention_dropout": True}, "the same on every layout"),
         (None, {"documents": "scattered", "capability": None, "device": "cpu"}, None),
         (FLASH, {}, None),
         (FLASH, {"capability": None, "device": "cpu"}, "it needs an NVIDIA GPU"),
@@ -74,7 +74,7 @@ def test_only_the_kernel_asked_for_is_used(kernel: SDPBackend) -> None:
         (FLASH, {"dtype": torch.float32}, "it takes bf16 and fp16, not fp32"),
         (FLASH, {"documents": "runs"}, "a mask of queries x keys"),
         (CUDNN, {"documents": "runs"}, "a mask of queries x keys"),
-        (CUDNN, {"attention_dropout": True}, "its own generator"),
+        (CUDNN, {"attention_dropout": True}, "the same on every layout"),
         (EFFICIENT, {"documents": "scattered", "dtype": torch.float32, "capability": (7, 0)}, None),
         (EFFICIENT, {"capability": (4, 0)}, "capability 5.0, not 4.0"),
     ],

@@ -1,6 +1,7 @@
 """Parallel layers against the plain ones: outputs, and the gradients of inputs and parameters."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,8 +53,15 @@ def build(tensor: int, sequence: bool) -> Build:
     return Build(mesh, 3, torch.float64, torch.device("cpu"))
 
 
-def through_both(tensor: int, sequence: bool, gated: bool, bias: bool) -> tuple[Tensor, Tensor, Any]:
-    b = build(tensor, sequence)
+def doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Another way to compute linear layers, which shows in the result."""
+    return 2 * (x @ weight.t()) + (0 if bias is None else 2 * bias)
+
+
+def through_both(
+    tensor: int, sequence: bool, gated: bool, bias: bool, linear: Callable[..., Tensor] = F.linear
+) -> tuple[Tensor, Tensor, Any]:
+    b = replace(build(tensor, sequence), linear=linear)
     module = Both(b, gated, bias)
     for number, p in enumerate(p for name, p in sorted(module.named_parameters()) if name.endswith("bias")):
         spec = spec_of(p)
@@ -72,12 +80,14 @@ def through_both(tensor: int, sequence: bool, gated: bool, bias: bool) -> tuple[
     return y.detach(), x.grad, grads
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("gated", "bias", "linear"),
+    [*((gated, bias, F.linear) for gated in (False, True) for bias in (True, False)), (True, False, doubled)],
+)
 @pytest.mark.parametrize("sequence", [False, True])
-def test_column_and_row(sequence: bool, gated: bool, bias: bool) -> None:
-    y, x_grad, grads = through_both(1, False, gated, bias)
-    found = run_ranks(RANKS, through_both, RANKS, sequence, gated, bias)
+def test_column_and_row(sequence: bool, gated: bool, bias: bool, linear: Callable[..., Tensor]) -> None:
+    y, x_grad, grads = through_both(1, False, gated, bias, linear)
+    found = run_ranks(RANKS, through_both, RANKS, sequence, gated, bias, linear)
     for index, expected in ((0, y), (1, x_grad)):
         for rank, part in enumerate(found):
             torch.testing.assert_close(part[index], expected.chunk(RANKS, 1)[rank] if sequence else expected)
@@ -95,6 +105,13 @@ def test_one_rank_is_the_plain_layer() -> None:
         F.linear(x, module.column.weight, module.column.bias).tanh(), module.row.weight, module.row.bias
     )
     assert torch.equal(module(x), plain)
+
+
+def test_one_rank_computes_with_the_linear_it_is_built_with() -> None:
+    module = Both(replace(build(1, False), linear=doubled), False, True)
+    x = values(1, B, S, H)
+    inner = doubled(x, module.column.weight, module.column.bias).tanh()
+    assert torch.equal(module(x), doubled(inner, module.row.weight, module.row.bias))
 
 
 def through_vocabulary(tensor: int, sequence: bool) -> tuple[Tensor, Tensor, Tensor]:
