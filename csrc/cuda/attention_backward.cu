@@ -12,6 +12,8 @@
 //   else:    rows Q, dO; columns K, V; sums dQ
 // delta is taken from the rounded output: where probabilities are so peaked that dS cancels below that rounding,
 // a backward pass that keeps the probabilities is more exact.
+// With dropout, delta stays what it is, and what is dropped is zero in dV's product and in dP; the factor
+// 1 / (1 - p) of the others is taken out of the sums, and so out of delta.
 // Computing the scores twice costs 7 products of tiles instead of 5, and saves the atomics on dQ, their fp32
 // buffer and the order of sums that changes from run to run.
 #include "attention_launch.cuh"
@@ -22,14 +24,14 @@ constexpr int kPad = 128;  // rows of the workspace: queries, up to a multiple o
 
 inline int64_t padded(int64_t queries) { return (queries + kPad - 1) / kPad * kPad; }
 
-// What the gradients need of a query: lse in base 2, and delta. Queries beyond the end, and such as see no
+// What the gradients need of a query: lse in base 2, and delta (1 - p). Queries beyond the end, and such as see no
 // key, have lse = +infinity, which makes all of their probabilities zero.
 using Row = float2;
 
 // rows[batch, heads, padded queries] from o, dO and lse. `width` lanes, a power of two, read one query.
 template <class E>
 __global__ void attention_rows_kernel(Attention p, Tensor o, Tensor d_o, const float* lse, Row* rows,
-                                      int padded, int width) {
+                                      int padded, int width, float share_kept) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int query = static_cast<int>(thread / width), column = static_cast<int>(thread % width) * 8;
   const int64_t head = static_cast<int64_t>(blockIdx.z) * p.heads + blockIdx.y;
@@ -45,7 +47,7 @@ __global__ void attention_rows_kernel(Attention p, Tensor o, Tensor d_o, const f
   for (int lanes = width / 2; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(kAllLanes, delta, lanes);
   if (column == 0 && query < padded) {
     const float sum = query < p.queries ? lse[head * p.queries + query] : -INFINITY;
-    rows[head * padded + query] = {sum == -INFINITY ? INFINITY : sum * kLog2E, delta};
+    rows[head * padded + query] = {sum == -INFINITY ? INFINITY : sum * kLog2E, delta * share_kept};
   }
 }
 
@@ -60,7 +62,6 @@ template <bool KeyRows, int Rows, int Columns>
 struct ColumnTiles {
   const Attention& p;
   int batch, row, begin, end, last_head;
-  const int32_t* ids;  // segments of the columns
   SegmentRange own;
 
   __device__ __forceinline__ ColumnTiles(const Attention& p, int batch, int row, int last_head)
@@ -69,7 +70,6 @@ struct ColumnTiles {
     begin = KeyRows && p.causal ? max(0, row - p.shift()) / Columns * Columns : 0;
     end = !KeyRows && p.causal ? min(columns, row + Rows + p.shift()) : columns;
     if (p.segments_q != nullptr) {
-      ids = (KeyRows ? p.segments_q : p.segments_k) + static_cast<int64_t>(batch) * columns;
       const int32_t* row_ids = (KeyRows ? p.segments_k : p.segments_q) + static_cast<int64_t>(batch) * rows;
       own = segment_range(row_ids, row, min(row + Rows, rows));
     }
@@ -84,6 +84,8 @@ struct ColumnTiles {
         if (++head >= last_head || begin >= end) return {last_head, 0, false};
       }
       if (p.segments_q == nullptr) break;
+      const int32_t* ids = KeyRows ? p.segments_q + static_cast<int64_t>(batch) * p.queries
+                                   : p.segments_k + static_cast<int64_t>(batch) * p.keys;
       const SegmentRange range = segment_range(ids, first, min(first + Columns, end));
       masked = !range.same(own);
       if (range.meets(own)) break;
@@ -175,7 +177,14 @@ __global__ void __launch_bounds__(32 * Warps, 1)
     multiply_transposed<E, D>(dp, tile1, warp_row, stream1 + stage * size);
     const Row* its =
         KeyRows ? stream_rows + stage * Columns : rows + static_cast<int64_t>(head) * padded + row + warp_row;
+    uint32_t bits[1] = {};
+    if (p.drops) {
+      bits[0] = dropped<KeyRows, NT>(p, p.plane(batch, KeyRows ? tile.head : head), row + warp_row,
+                                     tile.first);
+      drop(dp, bits);
+    }
     differentiate<KeyRows>(s, dp, its, p.scale * kLog2E);
+    if (KeyRows && p.drops) drop(s, bits);
     if constexpr (KeyRows) multiply<E, D>(out1, s, stream1 + stage * size, chunk);
     multiply<E, D>(out0, dp, stream0 + stage * size, chunk);
     tile = next;
@@ -185,7 +194,10 @@ __global__ void __launch_bounds__(32 * Warps, 1)
 #pragma unroll
   for (int n = 0; n < OT; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) out0[0][n][e] *= p.scale;
+    for (int e = 0; e < 4; ++e) {
+      out0[0][n][e] *= p.scale * p.kept;
+      if (KeyRows) out1[0][n][e] *= p.kept;
+    }
   }
   store_rows<E, D>(out0, tile0, warp_row, sum0.at(batch, row_head), row, row_end, chunk, p.head_dim);
   if constexpr (KeyRows) {
@@ -223,7 +235,7 @@ int launch_backward(const Attention& p, int batch, const Gradients& t, void* str
     const int pad = static_cast<int>(padded(p.queries)), threads = 256;
     const dim3 grid(static_cast<unsigned>(int64_t(pad) * width / threads) + 1, p.heads, batch);
     if (const int error = launch(attention_rows_kernel<E>, grid, threads, 0, stream, p, t.o, t.d_o, t.lse,
-                                 t.rows, pad, width))
+                                 t.rows, pad, width, p.kept == 0.0f ? 0.0f : 1.0f / p.kept))
       return error;
   }
   if (const int error = launch_pass<E, true, D, Out, Columns, Warps>(p, batch, t, stream)) return error;
@@ -253,7 +265,8 @@ int mlite_cuda_attention_backward(int dtype, int64_t batch, int64_t heads, int64
                                   int64_t keys, int64_t head_dim, float scale, bool causal, const void* q,
                                   const int64_t* q_strides, const void* k, const int64_t* k_strides,
                                   const void* v, const int64_t* v_strides, const int32_t* segments_q,
-                                  const int32_t* segments_k, const void* o, const int64_t* o_strides,
+                                  const int32_t* segments_k, double dropout_p, uint64_t dropout_seed,
+                                  int64_t dropout_head, int64_t dropout_heads, const void* o, const int64_t* o_strides,
                                   const float* lse, const void* do_, const int64_t* do_strides, void* dq,
                                   const int64_t* dq_strides, void* dk, const int64_t* dk_strides, void* dv,
                                   const int64_t* dv_strides, void* workspace, void* stream) {
@@ -263,11 +276,12 @@ int mlite_cuda_attention_backward(int dtype, int64_t batch, int64_t heads, int64
                        tensor(o, o_strides),        tensor(do_, do_strides), tensor(dq, dq_strides),
                        tensor(dk, dk_strides),      tensor(dv, dv_strides),  lse,
                        static_cast<Row*>(workspace)};
-  if (const int error = check(dtype, sizes, scale, segments_q, segments_k,
+  const Dropout dropout = {dropout_p, dropout_seed, dropout_head, dropout_heads};
+  if (const int error = check(dtype, sizes, scale, segments_q, segments_k, dropout,
                               {t.q, t.k, t.v, t.o, t.d_o, t.dq, t.dk, t.dv, {workspace, 0, 0, 0}}))
     return error;
   if (batch == 0 || heads == 0) return 0;
-  const Attention p = attention(sizes, scale, causal, segments_q, segments_k);
+  const Attention p = attention(sizes, scale, causal, segments_q, segments_k, dropout);
   const auto run = dtype == MLITE_BF16 ? backward_by_size<Bf16> : backward_by_size<Fp16>;
   return run(p, int(batch), t, stream);
 }

@@ -52,8 +52,8 @@ __device__ __forceinline__ void online_softmax(float (&s)[MT][NT][4], float (&ou
 // Divides by the sums and writes the log-sum-exps [queries] of one head.
 template <int MT, int DT>
 __device__ __forceinline__ void finish_rows(float (&out)[MT][DT][4], const float (&maximum)[MT][2],
-                                            float (&sum)[MT][2], float* lse, int row, int queries,
-                                            float scale) {
+                                            float (&sum)[MT][2], float* lse, int row,
+                                            const Attention& p) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
@@ -62,15 +62,15 @@ __device__ __forceinline__ void finish_rows(float (&out)[MT][DT][4], const float
       float total = sum[m][half];
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
-      const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      const float inverse = total == 0.0f ? 0.0f : p.kept / total;
 #pragma unroll
       for (int d = 0; d < DT; ++d) {
         out[m][d][2 * half] *= inverse;
         out[m][d][2 * half + 1] *= inverse;
       }
       const int query = row + 16 * m + 8 * half + lane / 4;
-      if (lane % 4 == 0 && query < queries) {
-        lse[query] = total == 0.0f ? -INFINITY : maximum[m][half] * scale + logf(total);
+      if (lane % 4 == 0 && query < p.queries) {
+        lse[query] = total == 0.0f ? -INFINITY : maximum[m][half] * p.scale + logf(total);
       }
     }
   }
@@ -151,13 +151,20 @@ __global__ void __launch_bounds__(32 * Warps, 1)
     multiply_transposed<E, D>(s, tile_q, row, tile_k + stage * Columns * D);
     if (tile.masked) mask_scores<false>(s, p, batch, query + row, tile.first);
     online_softmax(s, out, maximum, sum, p.scale * kLog2E);
+    if (p.drops) {  // the sums are those of all probabilities
+      uint32_t bits[MT];
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+        bits[m] = dropped<false, NT>(p, p.plane(batch, head), query + row + 16 * m, tile.first);
+      drop(s, bits);
+    }
     multiply<E, D>(out, s, tile_v + stage * Columns * D, 0);
     tile = next;
   }
   copy_async_wait<0>();  // where there was no key to visit, the queries may still be on their way
   __syncthreads();
   lse += (static_cast<int64_t>(batch) * p.heads + head) * p.queries;
-  finish_rows(out, maximum, sum, lse, query + row, p.queries, p.scale);
+  finish_rows(out, maximum, sum, lse, query + row, p);
   store_rows<E, D>(out, tile_q, row, o.at(batch, head), query, p.queries, 0, p.head_dim);
 }
 
@@ -190,15 +197,18 @@ int mlite_cuda_attention_forward(int dtype, int64_t batch, int64_t heads, int64_
                                  int64_t keys, int64_t head_dim, float scale, bool causal, const void* q,
                                  const int64_t* q_strides, const void* k, const int64_t* k_strides,
                                  const void* v, const int64_t* v_strides, const int32_t* segments_q,
-                                 const int32_t* segments_k, void* o, const int64_t* o_strides, float* lse,
-                                 void* stream) {
+                                 const int32_t* segments_k, double dropout_p, uint64_t dropout_seed,
+                                 int64_t dropout_head, int64_t dropout_heads, void* o, const int64_t* o_strides,
+                                 float* lse, void* stream) {
   using namespace mlite;
   const Sizes sizes = {batch, heads, groups, queries, keys, head_dim};
   const Tensor tq = tensor(q, q_strides), tk = tensor(k, k_strides), tv = tensor(v, v_strides),
                to = tensor(o, o_strides);
-  if (const int error = check(dtype, sizes, scale, segments_q, segments_k, {tq, tk, tv, to})) return error;
+  const Dropout dropout = {dropout_p, dropout_seed, dropout_head, dropout_heads};
+  if (const int error = check(dtype, sizes, scale, segments_q, segments_k, dropout, {tq, tk, tv, to}))
+    return error;
   if (batch == 0 || heads == 0 || queries == 0) return 0;
-  const Attention p = attention(sizes, scale, causal, segments_q, segments_k);
+  const Attention p = attention(sizes, scale, causal, segments_q, segments_k, dropout);
   const auto run = dtype == MLITE_BF16 ? forward_by_size<Bf16> : forward_by_size<Fp16>;
   return run(p, int(batch), tq, tk, tv, to, lse, stream);
 }

@@ -22,15 +22,22 @@ struct Tensor {
   }
 };
 
-// Problem sizes and masks, the same in every kernel.
+// Problem sizes, masks and dropout, the same in every kernel.
 struct Attention {
   int heads, groups, queries, keys, head_dim;
   bool causal;
   float scale;
   const int32_t *segments_q, *segments_k;  // [batch, queries], [batch, keys], or both nullptr
+  bool drops;             // whether any probability is dropped: where a random word is at most last_dropped
+  uint32_t last_dropped;
+  uint64_t seed;
+  int64_t first_plane, planes;  // first head and number of heads in the index of a probability
+  float kept;                   // factor of the others
 
   // The last query sees the last key: query i sees keys up to i + shift().
   __device__ __forceinline__ int shift() const { return keys - queries; }
+
+  __device__ __forceinline__ int64_t plane(int batch, int head) const { return batch * planes + first_plane + head; }
 };
 
 // A tile of rows of D 16-bit values. The 16-byte chunks of a row are permuted by the row's number, so that
@@ -59,7 +66,7 @@ struct Tile {
 template <int Rows, int D, int Threads>
 __device__ __forceinline__ void load_tile(uint16_t* tile, Matrix matrix, int first, int rows, int head_dim) {
   constexpr int chunks = Tile<D>::chunks, threads = Threads / chunks * chunks, step = threads / chunks;
-  const int thread = threadIdx.x, chunk = thread % chunks;
+  const int thread = here(threadIdx.x), chunk = thread % chunks;
   if (thread >= threads) return;  // whole rows at a time: of 128 threads 120 copy rows of 12 chunks
   const uint16_t* source = matrix.data + (first + thread / chunks) * matrix.stride + chunk * 8;
 #pragma unroll
@@ -170,15 +177,11 @@ struct SegmentRange {
 // Range of ids[begin, end), found by every warp for itself.
 __device__ __forceinline__ SegmentRange segment_range(const int32_t* ids, int begin, int end) {
   SegmentRange range = {INT32_MAX, INT32_MIN};
-  for (int i = begin + static_cast<int>(threadIdx.x) % kWarp; i < end; i += kWarp) {
+  for (int i = begin + here(threadIdx.x % kWarp); i < end; i += kWarp) {
     range = {min(range.low, ids[i]), max(range.high, ids[i])};
   }
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    range.low = min(range.low, __shfl_xor_sync(kAllLanes, range.low, lanes));
-    range.high = max(range.high, __shfl_xor_sync(kAllLanes, range.high, lanes));
-  }
-  return range;
+  // Leaves the same in all lanes, and lets the compiler know, so that what follows from it needs one register a warp.
+  return {__reduce_min_sync(kAllLanes, range.low), __reduce_max_sync(kAllLanes, range.high)};
 }
 
 // Scores of invisible pairs become -infinity. `row` and `column` are the first of this warp's scores; rows
@@ -187,7 +190,7 @@ __device__ __forceinline__ SegmentRange segment_range(const int32_t* ids, int be
 template <bool KeyRows, int MT, int NT>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Attention& p, int batch, int row,
                                             int column) {
-  const int lane = threadIdx.x % kWarp, last_key = p.keys - 1, shift = p.causal ? p.shift() : p.keys;
+  const int lane = here(threadIdx.x % kWarp), last_key = p.keys - 1, shift = p.causal ? p.shift() : p.keys;
   row += lane / 4;
   column += lane % 4 * 2;
 #pragma unroll

@@ -1,30 +1,11 @@
 // Dropout whose mask is a function of the seed and the element's global index: nothing is stored for the backward pass,
 // and every slice of a tensor (a tensor-parallel rank's, a sequence-parallel rank's) is dropped as the whole would be.
-//
-// Random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), four elements a
-// counter. Never yet run on a GPU: checked by the emulator's schedules and by nvcc's compilation alone.
+// Never yet run on a GPU: checked by the emulator's schedules and by nvcc's compilation alone.
 #include "columns.cuh"
+#include "philox.cuh"
 
 namespace mlite {
 namespace {
-
-// Words 0 to 3 for the counter (number's halves, 0, 0).
-__device__ __forceinline__ void philox(uint64_t seed, uint64_t number, uint32_t (&words)[4]) {
-  uint32_t key_0 = static_cast<uint32_t>(seed), key_1 = static_cast<uint32_t>(seed >> 32);
-  words[0] = static_cast<uint32_t>(number);
-  words[1] = static_cast<uint32_t>(number >> 32);
-  words[2] = words[3] = 0;
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53u) * words[0], b = uint64_t(0xCD9E8D57u) * words[2];
-    words[0] = static_cast<uint32_t>(b >> 32) ^ words[1] ^ key_0;
-    words[2] = static_cast<uint32_t>(a >> 32) ^ words[3] ^ key_1;
-    words[1] = static_cast<uint32_t>(b);
-    words[3] = static_cast<uint32_t>(a);
-    key_0 += 0x9E3779B9u;
-    key_1 += 0xBB67AE85u;
-  }
-}
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
@@ -43,8 +24,7 @@ __global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
         for (int i = 0; i < kVector; ++i) {
           if (i % 4 == 0) philox(seed, (first + i) / 4, words);
           uint32_t word = words[i % 4];
-          if (kVector == 1)  // else first is a multiple of 4; no run-time index, which would put words in memory
-            word = first % 4 < 2 ? (first % 4 ? words[1] : words[0]) : (first % 4 == 2 ? words[2] : words[3]);
+          if (kVector == 1) word = philox_word(words, first);  // else first is a multiple of 4
           out.set(i, in[i] * (word < threshold ? 0.0f : kept));
         }
         store(y + row * cols + col, out);
@@ -54,11 +34,9 @@ __global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
 template <typename T, int kVector>
 int run(int64_t rows, int64_t cols, int64_t row_stride, uint64_t offset, double p, uint64_t seed, const void* x,
         void* y, void* stream) {
-  const uint64_t threshold = p >= 1.0 ? uint64_t(1) << 32 : static_cast<uint64_t>(p * 4294967296.0);
-  const float kept = p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p));
   const ColumnShape shape = column_shape(rows, divide_up(cols, kVector), rows);
   return launch(dropout_kernel<T, kVector>, shape.grid, shape.block, 0, stream, rows, cols, row_stride, offset,
-                threshold, kept, seed, static_cast<const T*>(x), static_cast<T*>(y));
+                dropout_threshold(p), dropout_factor(p), seed, static_cast<const T*>(x), static_cast<T*>(y));
 }
 
 }  // namespace

@@ -47,6 +47,13 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+// The same number, but nobody knows: what is computed from it is computed at this place in each turn of a loop, and not
+// once before it, which would hold registers that the tiles need.
+__device__ __forceinline__ int here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Waits until at most `Pending` of this thread's newest groups are still on their way.
 template <int Pending>
 __device__ __forceinline__ void copy_async_wait() {

@@ -168,6 +168,26 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate) { return emulator::b
 inline int __any_sync(uint32_t mask, int predicate) { return emulator::ballot(mask, predicate != 0) != 0; }
 inline int __all_sync(uint32_t mask, int predicate) { return emulator::ballot(mask, predicate == 0) == 0; }
 
+template <bool kMax>
+int reduce(uint32_t mask, int value) {
+  struct Record {
+    int value, result;
+  } mine{value, 0};
+  emulator::warp_collective(mask, &mine, [](void* const* records) {
+    int result = kMax ? INT32_MIN : INT32_MAX;
+    for (int lane = 0; lane < emulator::kWarp; ++lane) {
+      if (!records[lane]) continue;
+      const int other = static_cast<Record*>(records[lane])->value;
+      result = kMax ? std::max(result, other) : std::min(result, other);
+    }
+    for (int lane = 0; lane < emulator::kWarp; ++lane)
+      if (records[lane]) static_cast<Record*>(records[lane])->result = result;
+  });
+  return mine.result;
+}
+inline int __reduce_min_sync(uint32_t mask, int value) { return reduce<false>(mask, value); }
+inline int __reduce_max_sync(uint32_t mask, int value) { return reduce<true>(mask, value); }
+
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;

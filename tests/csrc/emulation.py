@@ -2,7 +2,7 @@
 
 Every call runs under the plain schedule and two adversarial ones and must give the same bits under each. Around each
 tensor's storage lie bytes 0xff (NaN in every float type): what reads beyond a tensor meets NaN, what writes is found.
-The same calls go to the sources as nvcc builds them, on a GPU, where there is one.
+The same calls go to the built module's kernels on a GPU, where there is one.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,16 +68,6 @@ def compiled(*sources: str, edits: tuple[tuple[str, str, str], ...] = ()) -> "Li
 
 
 @cache
-def built_by_nvcc(*sources: str) -> "Library":
-    """The same for the current GPU, whose native code nvcc makes."""
-    library = new_folder() / "library.so"
-    files = [str(CSRC / "cuda" / source) for source in sources]
-    flags = ["-std=c++17", "-O3", "-arch=native", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"]
-    subprocess.run(["nvcc", *flags, *files, "-o", str(library)], check=True)
-    return Library(library, "cuda")
-
-
-@cache
 def _fibres() -> str:
     made = Path(_folder.name) / "fibres.o"
     _compile(
@@ -107,27 +98,28 @@ def signatures() -> dict[str, list[Any]]:
 
 
 class Library:
-    def __init__(self, path: Path, device: str = "cpu") -> None:
+    """The kernels as the emulator has them; device: where tensors must lie."""
+
+    device = "cpu"
+
+    def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        self._device = device
-        if device == "cpu":
-            self._library.mlite_emulator_error.restype = ctypes.c_char_p
+        self._library.mlite_emulator_error.restype = ctypes.c_char_p
 
     def call(self, name: str, *arguments: Any, schedules: Sequence[int] = SCHEDULES) -> None:
-        """mlite_cuda_NAME(*arguments, stream) in place; tensors go as pointers (views with their offset), None as null.
+        """mlite_cuda_NAME(*arguments, stream) in place; tensors go as pointers (views with their offset), None as null,
+        tuples as arrays of int64 in host memory.
 
         Raises:
             EmulatorError: the launch failed, a guard was overwritten, or schedules differ in their result.
         """
-        function = getattr(self._library, f"mlite_cuda_{name}")
-        function.argtypes = [*signatures()[name], ctypes.c_void_p]
         results: list[dict[int, Tensor]] = []
         originals = {a.untyped_storage().data_ptr(): a for a in arguments if isinstance(a, Tensor)}
         for schedule in schedules:
-            guarded = {key: _guarded(tensor, self._device) for key, tensor in originals.items()}
-            code, words = self._run(function, [_argument(a, guarded) for a in arguments], schedule)
-            if code:
-                raise EmulatorError(f"{name}, schedule {schedule}: error {code}: {words}")
+            guarded = {key: _guarded(tensor, self.device) for key, tensor in originals.items()}
+            words = self._run(name, [_argument(a, guarded) for a in arguments], schedule)
+            if words:
+                raise EmulatorError(f"{name}, schedule {schedule}: {words}")
             for buffer in guarded.values():
                 if not (buffer[:GUARD] == 255).all() or not (buffer[-GUARD:] == 255).all():
                     raise EmulatorError(f"{name}, schedule {schedule}: wrote beyond a tensor")
@@ -138,17 +130,44 @@ class Library:
         for key, tensor in originals.items():
             _bytes(tensor).copy_(results[0][key])
 
-    def _run(self, function: Any, arguments: list[Any], schedule: int) -> tuple[int, str]:
-        if self._device == "cpu":
-            self._library.mlite_emulator_schedule(schedule)
-            return function(*arguments, None), self._library.mlite_emulator_error().decode()
-        code = function(*arguments, torch.cuda.current_stream().cuda_stream)
+    def number(self, name: str, *sizes: int) -> int:
+        """What mlite_cuda_NAME makes of some sizes."""
+        function = getattr(self._library, f"mlite_cuda_{name}")
+        function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * len(sizes)
+        return int(function(*sizes))
+
+    def _run(self, name: str, arguments: list[Any], schedule: int) -> str:
+        """Runs it; what went wrong, if anything."""
+        function = getattr(self._library, f"mlite_cuda_{name}")
+        function.argtypes = [*signatures()[name], ctypes.c_void_p]
+        self._library.mlite_emulator_schedule(schedule)
+        code = function(*arguments, None)
+        return f"error {code}: {self._library.mlite_emulator_error().decode()}" if code else ""
+
+
+class OnGpu(Library):
+    """The kernels of the built module on a GPU; every call runs once for each schedule."""
+
+    device = "cuda"
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def number(self, name: str, *sizes: int) -> int:
+        return int(getattr(self._module, f"cuda_{name}")(*sizes))
+
+    def _run(self, name: str, arguments: list[Any], schedule: int) -> str:
+        given = [tuple(a) if isinstance(a, ctypes.Array) else 0 if a is None else a for a in arguments]
+        try:
+            getattr(self._module, f"cuda_{name}")(*given, torch.cuda.current_stream().cuda_stream)
+        except RuntimeError as error:
+            return str(error)
         torch.cuda.synchronize()
-        return code, "see cudaError_t"
+        return ""
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _guarded(tensor: Tensor, device: str) -> Tensor:
@@ -164,6 +183,8 @@ def _argument(argument: Any, guarded: dict[int, Tensor]) -> Any:
     if isinstance(argument, Tensor):
         buffer = guarded[argument.untyped_storage().data_ptr()]
         return buffer.data_ptr() + GUARD + argument.storage_offset() * argument.element_size()
+    if isinstance(argument, tuple):
+        return (ctypes.c_int64 * len(argument))(*argument)
     return DTYPES.get(argument, argument) if isinstance(argument, torch.dtype) else argument
 
 

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.csrc.attention_check import SOURCES, Sizes, check, given_strides
+from tests.csrc.attention_check import SOURCES, Drop, Sizes, check, given_strides, philox
+from tests.csrc.checks import philox_words
 from tests.csrc.emulation import CSRC, EmulatorError, compiled
 
 
@@ -30,6 +32,26 @@ def test_masks(lengths: tuple[int, int], causal: bool, segments: str | None) -> 
     check(compiled(*SOURCES), (1, 1, 1, *lengths, 64), causal=causal, segments=segments)
 
 
+@pytest.mark.parametrize("drop", [(0.1, 2**63 + 5, 3, 12), (0.5, 7, 0, 2), (1.0, 7, 0, 2), (1e-12, 7, 0, 2)])
+@pytest.mark.parametrize("keys", [104, 101])  # four keys to a counter, or rows that begin within one
+def test_dropout(keys: int, drop: Drop) -> None:
+    check(compiled(*SOURCES), (2, 2, 1, 70, keys, 32), drop=drop)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_dropout_of_large_heads(head_dim: int) -> None:
+    """In other tiles; with documents, of which some tiles are left out."""
+    check(compiled(*SOURCES), (1, 1, 1, 60, 132, head_dim), drop=(0.2, 5, 1, 3), segments="documents")
+
+
+def test_the_reference_draws_the_numbers_of_the_paper() -> None:
+    """The reference of `dropout` has them one by one."""
+    numbers = [0, 1, 2**32 - 1, 2**32, 2**62 + 12345]
+    for seed in (0, 2**64 - 3):
+        drawn = philox(seed, np.array(numbers, np.uint64))
+        assert drawn.tolist() == [philox_words(seed, number) for number in numbers]
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 2),
@@ -41,6 +63,7 @@ def test_masks(lengths: tuple[int, int], causal: bool, segments: str | None) -> 
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     causal=st.booleans(),
     segments=st.sampled_from([None, "documents", "mixed"]),
+    drop=st.sampled_from([None, None, (0.2, 99, 5, 11)]),
     size=st.sampled_from([0.1, 1.0, 4.0]),
     seed=st.integers(0, 99),
 )
@@ -54,6 +77,7 @@ def test_any_shape(
     dtype: torch.dtype,
     causal: bool,
     segments: str | None,
+    drop: Drop | None,
     size: float,
     seed: int,
 ) -> None:
@@ -67,10 +91,14 @@ def test_any_shape(
         dtype,
         causal=causal,
         segments=segments,
+        drop=drop,
         size=size,
         backward=backward,
         seed=seed,
     )
+
+
+NO_DROPOUT = (0.0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 1, 5, 7, 64), (1, 2, 1, 0, 7, 64), (1, 2, 1, 5, 0, 64)])
@@ -83,10 +111,13 @@ def test_empty(sizes: Sizes) -> None:
     )
     o, lse = torch.full_like(q, 7), torch.zeros(batch, heads, queries)
     dq, dk, dv = torch.full_like(q, 7), torch.full_like(k, 7), torch.full_like(k, 7)
-    problem = [torch.float16, *sizes, 1.0, True, *given_strides([q, k, k]), None, None]
+    problem = [torch.float16, *sizes, 1.0, True, *given_strides([q, k, k]), None, None, *NO_DROPOUT]
     compiled(*SOURCES).call("attention_forward", *problem, *given_strides([o]), lse)
     strided = [*given_strides([o]), lse, *given_strides([q, dq, dk, dv])]
-    compiled(*SOURCES).call("attention_backward", *problem, *strided, torch.zeros(batch * heads * 256))
+    workspace = torch.zeros(
+        compiled(*SOURCES).number("attention_workspace", batch, heads, queries, head_dim) // 4
+    )
+    compiled(*SOURCES).call("attention_backward", *problem, *strided, workspace)
     assert not any(x.any() for x in (o, dq, dk, dv))
     assert (lse == -math.inf).all()
 
@@ -110,7 +141,10 @@ INVALID, MISALIGNED, UNSUPPORTED = 1, 716, 801
         ({"scale": 0.0}, INVALID),
         ({"scale": math.nan}, INVALID),
         ({"segments_q": torch.zeros(1, 5, dtype=torch.int32)}, INVALID),
-        ({"k_strides": torch.tensor([0, 0, 12])}, MISALIGNED),
+        ({"dropout_p": 1.5}, INVALID),
+        ({"dropout_p": math.nan}, INVALID),
+        ({"dropout_p": 0.1, "dropout_head": 3}, INVALID),
+        ({"k_strides": (0, 0, 12)}, MISALIGNED),
         ({"o": torch.zeros(5 * 2 * 16 + 1).half()[1:]}, MISALIGNED),
     ],
 )
@@ -122,8 +156,10 @@ def test_refuses(change: dict[str, object], error: int) -> None:
         name: x for t in "qkv" for name, x in zip((t, f"{t}_strides"), given_strides([q]), strict=True)
     }
     o, o_strides = given_strides([q.clone()])
-    rest = {"segments_q": None, "segments_k": None, "o": o, "o_strides": o_strides, "lse": torch.zeros(10)}
-    arguments = problem | tensors | rest
+    masks = {"segments_q": None, "segments_k": None}
+    dropout = {"dropout_p": 0.0, "dropout_seed": 0, "dropout_head": 0, "dropout_heads": 4}
+    results = {"o": o, "o_strides": o_strides, "lse": torch.zeros(10)}
+    arguments = problem | tensors | masks | dropout | results
     assert arguments.keys() >= change.keys()
     with pytest.raises(EmulatorError, match=f"error {error}:"):
         compiled(*SOURCES).call("attention_forward", *(arguments | change).values())

@@ -6,7 +6,7 @@ from tests.csrc.attention_check import SOURCES, check
 from tests.csrc.emulation import EmulatorError, compiled
 
 FORWARD, BACKWARD = SOURCES
-TILE = "attention_tile.cuh"
+TILE, DROPOUT = "attention_tile.cuh", "attention_dropout.cuh"
 BUGS = {
     "forward: no barrier": (
         FORWARD,
@@ -88,7 +88,24 @@ BUGS = {
         "last_key > first_query + p.shift()",
         "last_key > first_query + p.shift() + 2 * Rows",
     ),
-    "backward: scale": (BACKWARD, "*= p.scale;", "*= 1.0f;"),
+    "backward: scale": (BACKWARD, "*= p.scale * p.kept", "*= p.kept"),
+    "dropout: of the sums too": (FORWARD, "p.kept / total", "1.0f / total"),
+    "dropout: this slice's heads": (TILE, "first_plane + head", "head"),
+    "dropout: lanes keep what they draw": (
+        DROPOUT,
+        "return swap_bits<1, 2, 0x33333333u>(bits)",
+        "return bits",
+    ),
+    "dropout: low half of the number": (DROPOUT, "uint64_t number =", "uint32_t number ="),
+    "dropout: odd row": (DROPOUT, "r = row + g + i / 2 % 2 * 8,", "r = row + g,"),
+    "backward: dropout at the transposed position": (
+        DROPOUT,
+        "number = ((plane * p.queries + query) * p.keys + key) / 4",
+        "number = ((plane * p.queries + (KeyRows ? key : query)) * p.keys + (KeyRows ? query : key)) / 4",
+    ),
+    "backward: dropout of other lanes": (DROPOUT, "swap_bits<4, 1, 0x55555555u>(bits)", "bits"),
+    "backward: dropout of dV left out": (BACKWARD, "if (KeyRows && p.drops) drop(s, bits);", ""),
+    "backward: delta of what is dropped": (BACKWARD, "delta * share_kept", "delta"),
     "backward: stage of the rows": (BACKWARD, "stream_rows + stage * Columns : rows", "stream_rows : rows"),
 }
 ONE_SIZE = (  # compiles a sixteenth of the kernels
@@ -110,6 +127,8 @@ def check_one_size(edits: tuple[tuple[str, str, str], ...] = (), backward: bool 
     check(library, (1, 1, 1, 20, 70, 64), causal=False, backward=backward)
     check(library, (1, 2, 1, 150, 213, 64), backward=backward)
     check(library, (2, 1, 1, 90, 150, 64), causal=False, segments="documents", backward=backward)
+    check(library, (2, 1, 1, 20, 72, 64), causal=False, drop=(0.4, 3, 2, 2**30), backward=backward)
+    check(library, (1, 1, 1, 20, 37, 64), drop=(0.4, 3, 0, 1), backward=backward)
 
 
 def test_one_size_is_right() -> None:

@@ -23,6 +23,7 @@ __global__ void shuffles(int, int* out) {
   bad |= (__shfl_xor_sync(kAllLanes, lane, 17) != (lane ^ 17)) << 4;
   bad |= (__ballot_sync(kAllLanes, lane < 3) != 7u) << 5;
   bad |= (!__any_sync(kAllLanes, lane == 3) || __all_sync(kAllLanes, lane == 3)) << 6;
+  bad |= (__reduce_min_sync(kAllLanes, 7 - lane) != -24 || __reduce_max_sync(kAllLanes, 7 - lane) != 7) << 8;
   if (lane < 8) bad |= (__shfl_xor_sync(0xffu, lane, 1) != (lane ^ 1)) << 7;
   out[threadIdx.x] = bad;
 }
