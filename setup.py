@@ -1,6 +1,5 @@
 """Compiled extensions; everything else about the package stands in pyproject.toml."""
 
-import os
 import platform
 import sys
 import sysconfig
@@ -25,15 +24,10 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name != KERNELS:
             return super().build_extension(ext)
+        headers = (pybind11.get_include(), sysconfig.get_path("include"))
+        version = f"{sys.implementation.cache_tag}-{pybind11.__version__}"
         try:
-            nvcc = build.usable_nvcc(build.OBJECTS)
-            cuda = build.cuda_units(nvcc) if nvcc else []
-            headers = (pybind11.get_include(), sysconfig.get_path("include"))
-            version = f"{sys.implementation.cache_tag}-{pybind11.__version__}"
-            binding = build.binding_unit(headers, version, nvcc is not None)
-            units = [*cuda, binding, *build.cpu_units()]  # those that take longest first
-            objects = build.compile_units(units, build.OBJECTS, jobs=len(os.sched_getaffinity(0)))
-            build.link(objects, Path(self.get_ext_fullpath(ext.name)), nvcc)
+            build.build_module(Path(self.get_ext_fullpath(ext.name)).absolute(), headers, version)
         except build.BuildError as error:
             if ext.optional:
                 print("The kernels of csrc are left out; the plain torch operations serve.")

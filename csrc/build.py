@@ -117,6 +117,22 @@ def binding_unit(system: Sequence[str], version: str, cuda: bool) -> Unit:
     return Unit(f"bindings-{version}", Path("csrc/bindings.cpp"), command, tuple(system))
 
 
+def build_module(library: Path, headers: Sequence[str], version: str) -> bool:
+    """Builds the Python module, with CUDA where nvcc serves; returns whether it does.
+
+    Args:
+        headers, version: as for `binding_unit`.
+
+    Raises:
+        BuildError: a compiler failed.
+    """
+    nvcc = usable_nvcc(OBJECTS)
+    cuda = cuda_units(nvcc) if nvcc else []
+    units = [*cuda, binding_unit(headers, version, nvcc is not None), *cpu_units()]  # the slowest first
+    link(compile_units(units, OBJECTS, jobs=len(os.sched_getaffinity(0))), library, nvcc)
+    return nvcc is not None
+
+
 def usable_nvcc(folder: Path) -> str | None:
     """nvcc, if there is one that knows our architectures and accepts the C++ compiler; says so if it does not."""
     nvcc = find_nvcc()
