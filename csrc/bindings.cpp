@@ -64,10 +64,9 @@ T to_c(const From& given) {
   throw std::runtime_error(message + ": it does not serve this dtype or these sizes");
 }
 
-// An int is an error code, any other result is one.
+// A result that is an int is an error code; an int64_t is what the caller wants to know.
 template <bool strided, typename Result, typename... Parameters>
 void bind(py::module_& module, const char* name, Result (*function)(Parameters...)) {
-  if (function == nullptr) return;
   module.def(name, [name, function](Given<Parameters, strided>... given) {
     Result result;
     {
@@ -102,11 +101,6 @@ void bind(py::module_& module, const char* name, Result (*function)(Parameters..
   X(attention_workspace)   \
   X(attention_forward)     \
   X(attention_backward)
-
-// Not there yet: bound once it is.
-#pragma weak mlite_cpu_attention_workspace
-#pragma weak mlite_cpu_attention_forward
-#pragma weak mlite_cpu_attention_backward
 
 PYBIND11_MODULE(_kernels, module) {
   py::options options;
