@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_lite.ops.backends import Needs, lacks_package, with_residual
 
 _MODULE = "apex.normalization.fused_layer_norm"
-_INSTALL = "build it from github.com/NVIDIA/apex with --cuda_ext; PyPI's apex is an unrelated package"
+_INSTALL = "from its source, github.com/NVIDIA/apex, with --cuda_ext: PyPI's apex is an unrelated package"
 
 
 def lacks(group: str, needs: Needs) -> Iterator[str]:

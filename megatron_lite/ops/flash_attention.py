@@ -18,7 +18,7 @@ from megatron_lite.ops.backends import Needs, lacks_package
 MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
 _INSTALL = {
     2: "pip install flash-attn --no-build-isolation",
-    3: "from the folder hopper of github.com/Dao-AILab/flash-attention; PyPI's flash_attn_3 is empty",
+    3: "from the folder hopper of github.com/Dao-AILab/flash-attention, PyPI's flash_attn_3 being empty",
     4: "pip install flash-attn-4",
 }
 
