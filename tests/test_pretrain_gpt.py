@@ -425,6 +425,23 @@ def test_missing_package_is_told_before_the_model_is_built(
     assert result.out == ""
 
 
+def test_kernels_that_cannot_serve_are_told_before_the_data_are_opened(prefix: str, tmp_path: Path) -> None:
+    settings = ("kernels.attention=fa3", "kernels.linear=fp8", "kernels.norm=reference")
+    results = run_command(words(prefix, tmp_path / "run", *settings), ranks=2)
+    assert [(result.status, result.out) for result in results] == [(2, "")] * 2
+    (said,) = [result.err for result in results if result.err]
+    first, second = said.splitlines()
+    assert first.startswith(
+        "error: kernels.attention: flash_attn_3 cannot serve this run: it needs an NVIDIA GPU"
+    )
+    assert "; what can: auto, " in first
+    assert second.startswith(
+        "kernels.linear: fp8 cannot serve this run: it needs an NVIDIA GPU; it takes bf16"
+    )
+    assert second.endswith("; what can: auto, torch")
+    assert not (tmp_path / "run").exists()
+
+
 def as_another_rank() -> None:
     """The command takes itself for the second rank, which leaves it to the first to say what both know."""
     os.environ.update(RANK="1", LOCAL_RANK="1")
