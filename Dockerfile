@@ -5,7 +5,7 @@
 #       --standalone --nproc-per-node gpu pretrain_gpt.py --config configs/tiny.json \
 #       --set data.train=/runs/corpus_text_document --set train.output_dir=/runs/tiny
 #
-# The devel image, because DeepSpeed compiles some of its operations (offload among them) at first use.
+# The devel image, because nvcc compiles the kernels here, and DeepSpeed some of its operations (offload) at first use.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 RUN apt-get update \
