@@ -27,6 +27,13 @@ def parser(doc: str | None, rounds: int, steps: int | None = None) -> argparse.A
         "--threads", type=int, help="CPU threads of a side; default: OMP_NUM_THREADS, or every core"
     )
     made.add_argument("--rounds", type=int, default=rounds, help="turns of every side (%(default)s)")
+    made.add_argument(
+        "--until",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="of the epoch: begin nothing after it",
+    )
     if steps is not None:
         made.add_argument("--steps", type=int, default=steps, help="steps a turn (%(default)s)")
         made.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides")
