@@ -111,11 +111,10 @@ def build_pipeline(
 
 
 class StageEngine(PipelineEngine):
-    """DeepSpeed's pipeline engine with its reduction of tied gradients corrected, and two hooks.
+    """DeepSpeed's pipeline engine with its reduction of tied gradients corrected, and a hook.
 
     Args:
         before_forward: called before each forward pass of this stage.
-        before_step: called when the gradients are complete, before the optimizer takes them.
     """
 
     def __init__(
@@ -124,9 +123,8 @@ class StageEngine(PipelineEngine):
         optimizer: Optimizer,
         settings: dict[str, Any],
         before_forward: Callable[[], None],
-        before_step: Callable[[], None],
     ) -> None:
-        self._before_forward, self._before_step = before_forward, before_step
+        self._before_forward = before_forward
         super().__init__(
             args=None,
             model=module,
@@ -154,10 +152,6 @@ class StageEngine(PipelineEngine):
     def _exec_forward_pass(self, buffer_id: int) -> None:
         self._before_forward()
         super()._exec_forward_pass(buffer_id)
-
-    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
-        self._before_step()
-        super()._exec_optimizer_step(lr_kwargs)
 
 
 # The map holds plain functions, so that overriding a method alone changes nothing.

@@ -31,7 +31,7 @@ from megatron_lite.parallel.loss import weighted_loss  # noqa: E402
 from megatron_lite.parallel.parameter import spec_of  # noqa: E402
 from megatron_lite.parallel.pipeline import StageEngine, StageLayer, build_pipeline  # noqa: E402
 from megatron_lite.training import optimizer_state  # noqa: E402
-from megatron_lite.training.optimizer import build_optimizer, clip_gradients  # noqa: E402
+from megatron_lite.training.optimizer import WholeAdamW, build_optimizer  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Said on every rank of names and collectives that DeepSpeed uses, not we.
@@ -44,6 +44,13 @@ importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # t
 # Its Muon optimizer, which ZeRO imports but we do not use, would load torch's compiler: a second of each rank's start.
 _compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
 _compiler.compile = lambda: _compiler.dummy_decorator
+
+
+# It would take weights in bf16 for the sign that an optimizer needs one of its wrappers.
+_choose_wrapper = DeepSpeedEngine._do_optimizer_sanity_check
+DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: (
+    None if isinstance(optimizer, WholeAdamW) else _choose_wrapper(engine, optimizer)
+)
 
 
 # What changes while DeepSpeed's loss scaling runs; the rest of its attributes are settings.
@@ -80,11 +87,10 @@ class Engine:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime, self.mesh = config, runtime, runtime.mesh
         self.settings = config.deepspeed_dict(self.mesh.world_size)
-        # DeepSpeed's clipping without ZeRO in fp32 counts tied copies twice and reports no norm: ours does not.
-        self.own_clipping = config.zero_stage == 0 and config.train.precision == "fp32"
-        if self.own_clipping:
+        self.whole = _nothing_to_partition(config, self.mesh.data_size)
+        if self.whole:
             self.settings["gradient_clipping"] = 0.0
-        self._own_norm = math.nan
+            self.settings["zero_optimization"]["stage"] = 0
         deepspeed.init_distributed(dist_init_required=False)
         self.micro_batches = config.accumulation_steps(self.mesh.world_size)
 
@@ -115,8 +121,17 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
+    def _build_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
+        if not self.whole:
+            return build_optimizer(module.parameters(), self.config.optimizer)
+        wanted = self.settings.get("data_types", {}).get("grad_accum_dtype", "fp32")
+        return WholeAdamW(module.parameters(), self.config.optimizer, self.mesh, accumulate=wanted == "fp32")
+
     def _adopt(self, module: nn.Module, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.deepspeed, self.optimizer = module, engine, optimizer
+        if self.mesh.data_size == 1:
+            # To reduce over one rank it would copy every gradient into a buffer and back.
+            engine.buffered_allreduce_fallback = lambda *_, **__: None
         # Without ZeRO, in half precision, DeepSpeed makes room for the moments by a step of no gradient, which
         # Adam's bias correction would count: every update of the beginning would be too small.
         optimizer.state.clear()
@@ -164,16 +179,8 @@ class Engine:
 
     def grad_norm(self) -> float:
         """The global norm of the last step's gradient, before clipping."""
-        norm = self._own_norm if self.own_clipping else self.deepspeed.get_global_grad_norm()
+        norm = self.deepspeed.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
-
-    def clip_own(self) -> None:
-        """Clips without DeepSpeed's help; drops a gradient that is not finite, so that the step changes nothing."""
-        if self.own_clipping:
-            limit = self.config.optimizer.grad_clip
-            self._own_norm = clip_gradients(self.module.parameters(), self.mesh, limit)
-            if not math.isfinite(self._own_norm):
-                self.module.zero_grad(set_to_none=True)
 
     def _result(self, loss: Tensor) -> StepResult:
         norm = self.grad_norm()
@@ -246,7 +253,7 @@ class PlainEngine(Engine):
         super().__init__(config, runtime)
         with self._partitioned() if config.zero_stage == 3 else nullcontext():
             module = GPT(config.model, runtime)
-        optimizer = build_optimizer(module.parameters(), config.optimizer)
+        optimizer = self._build_optimizer(module)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.settings, mpu=self.mesh, dist_init_required=False
         )
@@ -273,7 +280,6 @@ class PlainEngine(Engine):
             self.deepspeed.backward(loss)
             if number < len(batches) - 1:
                 self.deepspeed.step()  # counts the micro-batch
-        self.clip_own()
         self.deepspeed.step()
         return self._result(self._mean(total, len(batches)))
 
@@ -325,8 +331,8 @@ class StagedEngine(Engine):
             self._loss,
             config.parallel.pipeline_partition,
         )
-        optimizer = build_optimizer(module.parameters(), config.optimizer)
-        engine = StageEngine(module, optimizer, self.settings, self._begin_micro_batch, self.clip_own)
+        optimizer = self._build_optimizer(module)
+        engine = StageEngine(module, optimizer, self.settings, self._begin_micro_batch)
         self._adopt(module, engine, optimizer)
 
     def train_step(self, batches: list[Batch], step: int) -> StepResult:
@@ -368,6 +374,20 @@ class StagedEngine(Engine):
     def _loss(self, outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         return self.token_loss(logits, *targets)
+
+
+def _nothing_to_partition(config: Config, data_size: int) -> bool:
+    """Whether every rank holds all of the optimizer state of its weights, which is then stepped by `WholeAdamW`.
+
+    ZeRO 0, 1 and 2 are the same thing on one data-parallel rank. Offload and loss scaling (fp16) are DeepSpeed's.
+    """
+    if config.train.precision == "fp16" or config.deepspeed.get("zero_optimization", {}).get(
+        "offload_optimizer"
+    ):
+        return False
+    if data_size == 1:
+        return config.zero_stage < 3
+    return config.zero_stage == 0 and config.train.precision == "fp32"
 
 
 def build_engine(config: Config, runtime: Runtime) -> Engine:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_lite.checkpoint import Piece, Reader
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import ParameterSpec, spec_of
+from megatron_lite.training.optimizer import WholeAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -47,7 +48,7 @@ def fragments(
     Args:
         parameters: the model's parameters held by this rank.
         optimizer: the torch optimizer we gave to DeepSpeed (it now steps DeepSpeed's flat buffers).
-        wrapper: DeepSpeed's optimizer around it; the same object where there is none (ZeRO-0 in fp32).
+        wrapper: DeepSpeed's optimizer around it; the same object for `WholeAdamW`.
     """
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return [f for p in parameters for f in _zero3(p, wrapper)]
@@ -58,8 +59,8 @@ def fragments(
             for low, high in zip(lows, highs, strict=True)
         }
         return [Fragment(spec_of(p), 0, masters[id(p)], 0, p.numel()) for p in parameters]
-    if wrapper is optimizer:
-        return [Fragment(spec_of(p), 0, p, 0, p.numel()) for p in parameters]
+    if isinstance(optimizer, WholeAdamW):
+        return [Fragment(spec_of(p), 0, optimizer.masters[p], 0, p.numel()) for p in parameters]
     return [f for p in parameters for f in _zero12(p, optimizer)]
 
 
