@@ -97,43 +97,53 @@ struct ColumnTiles {
   }
 };
 
-// s becomes P and dp becomes dS. `rows` are those of the tile's columns (KeyRows) or of this warp's rows.
-template <bool KeyRows, int NT>
-__device__ __forceinline__ void differentiate(float (&s)[1][NT][4], float (&dp)[1][NT][4], const Row* rows,
+// s becomes P and dp becomes dS. `rows`, in shared memory, are those of the tile's columns (KeyRows) or of this
+// warp's rows.
+template <bool KeyRows, int MT, int NT>
+__device__ __forceinline__ void differentiate(float (&s)[MT][NT][4], float (&dp)[MT][NT][4], const Row* rows,
                                               float scale_log2) {
   const int lane = threadIdx.x % kWarp;
-  Row mine[4];
-  if (!KeyRows) {
-    mine[0] = mine[1] = rows[lane / 4];
-    mine[2] = mine[3] = rows[lane / 4 + 8];
-  }
 #pragma unroll
-  for (int n = 0; n < NT; ++n) {
-    if (KeyRows) {
-      const float4 pair = *reinterpret_cast<const float4*>(rows + 8 * n + lane % 4 * 2);
-      mine[0] = mine[2] = {pair.x, pair.y};
-      mine[1] = mine[3] = {pair.z, pair.w};
+  for (int m = 0; m < MT; ++m) {
+    Row mine[4];
+    if (!KeyRows) {
+      mine[0] = mine[1] = rows[16 * m + lane / 4];
+      mine[2] = mine[3] = rows[16 * m + lane / 4 + 8];
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      s[0][n][e] = exp2_approx(fmaf(s[0][n][e], scale_log2, -mine[e].x));
-      dp[0][n][e] = s[0][n][e] * (dp[0][n][e] - mine[e].y);
+    for (int n = 0; n < NT; ++n) {
+      if (KeyRows) {
+        const float4 pair = *reinterpret_cast<const float4*>(rows + 8 * n + lane % 4 * 2);
+        mine[0] = mine[2] = {pair.x, pair.y};
+        mine[1] = mine[3] = {pair.z, pair.w};
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[m][n][e] = exp2_approx(fmaf(s[m][n][e], scale_log2, -mine[e].x));
+        dp[m][n][e] = s[m][n][e] * (dp[m][n][e] - mine[e].y);
+      }
     }
   }
 }
 
+// Rows of a block, columns of the tiles that stream past, warps.
+template <int Rows, int Columns, int Warps>
+struct TileShape {
+  static constexpr int rows = Rows, columns = Columns, warps = Warps;
+};
+
 // Out columns of the result are this block's: the scores of the largest heads are computed more than once,
 // because two whole sums would not fit into the registers.
-template <class E, bool KeyRows, int D, int Out, int Columns, int Warps>
-__global__ void __launch_bounds__(32 * Warps, 1)
+template <class E, bool KeyRows, int D, int Out, class Shape>
+__global__ void __launch_bounds__(32 * Shape::warps, 1)
     attention_backward_kernel(Attention p, Tensor row0, Tensor row1, Tensor column0, Tensor column1,
                               const Row* rows, int padded, Tensor sum0, Tensor sum1) {
-  constexpr int Rows = 16 * Warps, NT = Columns / 8, OT = Out / 8, threads = Warps * kWarp,
-                size = Columns * D;
+  constexpr int Rows = Shape::rows, Columns = Shape::columns, threads = Shape::warps * kWarp,
+                MT = Rows / (16 * Shape::warps), NT = Columns / 8, OT = Out / 8, size = Columns * D;
   MLITE_DYNAMIC_SHARED(shared);
   uint16_t *tile0 = reinterpret_cast<uint16_t*>(shared), *tile1 = tile0 + Rows * D;  // K, V or Q, dO
   uint16_t *stream0 = tile1 + Rows * D, *stream1 = stream0 + 2 * size;  // Q, dO or K, V, two stages
-  Row* stream_rows = reinterpret_cast<Row*>(stream1 + 2 * size);        // two stages, KeyRows only
+  Row* queries = reinterpret_cast<Row*>(stream1 + 2 * size);  // KeyRows: two stages of columns; else rows
 
   const int batch = blockIdx.z, heads = p.heads / p.groups;  // of a group
   const int row_head = blockIdx.y, head = KeyRows ? row_head * heads : row_head;
@@ -141,62 +151,68 @@ __global__ void __launch_bounds__(32 * Warps, 1)
   // Under a causal mask the first keys and the last queries have most to do: they start first.
   const int row = (KeyRows ? block : gridDim.x / (D / Out) - 1 - block) * Rows,
             row_end = KeyRows ? p.keys : p.queries;
-  const int warp_row = threadIdx.x / kWarp * 16;
-  rows += static_cast<int64_t>(batch) * p.heads * padded;
+  // By way of a shuffle, which tells the compiler that it is the same in all lanes.
+  const int warp_row = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0) * 16 * MT;
 
+  const auto load_queries = [&](Row* to, int query_head, int first, int count) {
+    if (static_cast<int>(threadIdx.x) >= count / 2) return;  // two to a copy
+    const Row* from = rows + (static_cast<int64_t>(batch) * p.heads + query_head) * padded + first;
+    copy_async(to + 2 * threadIdx.x, from + 2 * threadIdx.x, true);
+  };
   const auto load = [&](const ColumnTile& tile, int stage) {
     const int column_head = KeyRows ? tile.head : tile.head / heads, end = KeyRows ? p.queries : p.keys;
     load_tile<Columns, D, threads>(stream0 + stage * size, column0.at(batch, column_head), tile.first, end,
                                    p.head_dim);
     load_tile<Columns, D, threads>(stream1 + stage * size, column1.at(batch, column_head), tile.first, end,
                                    p.head_dim);
-    if (KeyRows && threadIdx.x < Columns / 2) {  // two to a copy
-      const Row* source = rows + static_cast<int64_t>(tile.head) * padded + tile.first + 2 * threadIdx.x;
-      copy_async(stream_rows + stage * Columns + 2 * threadIdx.x, source, true);
-    }
+    if (KeyRows) load_queries(queries + stage * Columns, tile.head, tile.first, Columns);
   };
 
   const ColumnTiles<KeyRows, Rows, Columns> tiles(p, batch, row, KeyRows ? head + heads : head + 1);
   load_tile<Rows, D, threads>(tile0, row0.at(batch, row_head), row, row_end, p.head_dim);
   load_tile<Rows, D, threads>(tile1, row1.at(batch, row_head), row, row_end, p.head_dim);
-  ColumnTile tile = tiles.next(head - 1, tiles.end);
-  if (tile.head < tiles.last_head) load(tile, 0);
+  if (!KeyRows) load_queries(queries, head, row, Rows);
+  ColumnTile next = tiles.next(head - 1, tiles.end);
+  if (next.head < tiles.last_head) load(next, 0);
   copy_async_commit();
 
-  float out0[1][OT][4] = {}, out1[1][KeyRows ? OT : 1][4] = {};
-  for (int stage = 0; tile.head < tiles.last_head; stage ^= 1) {
-    const ColumnTile next = tiles.next(tile.head, tile.first + Columns);
+  float out0[MT][OT][4] = {}, out1[MT][KeyRows ? OT : 1][4] = {};
+  for (int stage = 0; next.head < tiles.last_head; stage ^= 1) {
+    const ColumnTile tile = next;
+    next = tiles.next(tile.head, tile.first + Columns);
     copy_async_wait<0>();
     __syncthreads();  // this tile is there for all; the other stage is no longer read
     if (next.head < tiles.last_head) load(next, stage ^ 1);
     copy_async_commit();
+    const int first_key = KeyRows ? row + warp_row : tile.first,
+              last_query = (KeyRows ? tile.first + Columns : row + warp_row + 16 * MT) - 1;
+    if (p.causal && first_key > last_query + p.shift()) continue;  // only others of the block see this tile
 
-    float s[1][NT][4] = {}, dp[1][NT][4] = {};
+    float s[MT][NT][4] = {}, dp[MT][NT][4] = {};
     multiply_transposed<E, D>(s, tile0, warp_row, stream0 + stage * size);
     if (tile.masked) mask_scores<KeyRows>(s, p, batch, row + warp_row, tile.first);
     multiply_transposed<E, D>(dp, tile1, warp_row, stream1 + stage * size);
-    const Row* its =
-        KeyRows ? stream_rows + stage * Columns : rows + static_cast<int64_t>(head) * padded + row + warp_row;
-    uint32_t bits[1] = {};
+    uint32_t bits[MT] = {};
     if (p.drops) {
-      bits[0] = dropped<KeyRows, NT>(p, p.plane(batch, KeyRows ? tile.head : head), row + warp_row,
-                                     tile.first);
+      draw<KeyRows, NT>(bits, p, p.plane(batch, KeyRows ? tile.head : head), row + warp_row, tile.first);
       drop(dp, bits);
     }
-    differentiate<KeyRows>(s, dp, its, p.scale * kLog2E);
+    differentiate<KeyRows>(s, dp, queries + (KeyRows ? stage * Columns : warp_row), p.scale * kLog2E);
     if (KeyRows && p.drops) drop(s, bits);
     if constexpr (KeyRows) multiply<E, D>(out1, s, stream1 + stage * size, chunk);
     multiply<E, D>(out0, dp, stream0 + stage * size, chunk);
-    tile = next;
   }
   copy_async_wait<0>();  // where there was no column to visit, the rows may still be on their way
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < OT; ++n) {
+  for (int m = 0; m < MT; ++m) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      out0[0][n][e] *= p.scale * p.kept;
-      if (KeyRows) out1[0][n][e] *= p.kept;
+    for (int n = 0; n < OT; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        out0[m][n][e] *= p.scale * p.kept;
+        if (KeyRows) out1[m][n][e] *= p.kept;
+      }
     }
   }
   store_rows<E, D>(out0, tile0, warp_row, sum0.at(batch, row_head), row, row_end, chunk, p.head_dim);
@@ -211,23 +227,21 @@ struct Gradients {
   Row* rows;
 };
 
-template <class E, bool KeyRows, int D, int Out, int Columns, int Warps>
+template <class E, bool KeyRows, int D, int Out, class Shape>
 int launch_pass(const Attention& p, int batch, const Gradients& t, void* stream) {
-  constexpr int Rows = 16 * Warps;
+  constexpr int Rows = Shape::rows, Columns = Shape::columns, threads = Shape::warps * kWarp;
   constexpr size_t shared =
-      (2 * Rows + 4 * Columns) * D * sizeof(uint16_t) + (KeyRows ? 2 * Columns * sizeof(Row) : 0);
+      (2 * Rows + 4 * Columns) * D * sizeof(uint16_t) + (KeyRows ? 2 * Columns : Rows) * sizeof(Row);
   const int end = KeyRows ? p.keys : p.queries, pad = static_cast<int>(padded(p.queries));
   if (end == 0) return 0;
   const dim3 grid((end + Rows - 1) / Rows * (D / Out), KeyRows ? p.groups : p.heads, batch);
-  const auto kernel = attention_backward_kernel<E, KeyRows, D, Out, Columns, Warps>;
+  const auto kernel = attention_backward_kernel<E, KeyRows, D, Out, Shape>;
   if (KeyRows)
-    return launch(kernel, grid, Warps * kWarp, shared, stream, p, t.k, t.v, t.q, t.d_o, t.rows, pad, t.dk,
-                  t.dv);
-  return launch(kernel, grid, Warps * kWarp, shared, stream, p, t.q, t.d_o, t.k, t.v, t.rows, pad, t.dq,
-                t.dq);
+    return launch(kernel, grid, threads, shared, stream, p, t.k, t.v, t.q, t.d_o, t.rows, pad, t.dk, t.dv);
+  return launch(kernel, grid, threads, shared, stream, p, t.q, t.d_o, t.k, t.v, t.rows, pad, t.dq, t.dq);
 }
 
-template <class E, int D, int Out, int Columns, int Warps>
+template <class E, int D, int Out, class OfKeys, class OfQueries>
 int launch_backward(const Attention& p, int batch, const Gradients& t, void* stream) {
   if (p.queries > 0) {
     int width = 1;
@@ -238,21 +252,25 @@ int launch_backward(const Attention& p, int batch, const Gradients& t, void* str
                                  t.rows, pad, width, p.kept == 0.0f ? 0.0f : 1.0f / p.kept))
       return error;
   }
-  if (const int error = launch_pass<E, true, D, Out, Columns, Warps>(p, batch, t, stream)) return error;
-  return launch_pass<E, false, D, D, Columns, Warps>(p, batch, t, stream);
+  if (const int error = launch_pass<E, true, D, Out, OfKeys>(p, batch, t, stream)) return error;
+  return launch_pass<E, false, D, D, OfQueries>(p, batch, t, stream);
 }
 
-// Tiles by head size: rows 16 to a warp, as the registers allow; columns as registers and shared memory
-// allow.
+// By head size, as registers and shared memory allow. With 32 rows to a warp, each read of a column's fragment
+// from shared memory serves two products, not one; where two results of large heads fill the registers, 16.
 template <class E>
 int backward_by_size(const Attention& p, int batch, const Gradients& t, void* stream) {
-  if (p.head_dim <= 16) return launch_backward<E, 16, 16, 64, 8>(p, batch, t, stream);
-  if (p.head_dim <= 32) return launch_backward<E, 32, 32, 64, 8>(p, batch, t, stream);
-  if (p.head_dim <= 64) return launch_backward<E, 64, 64, 64, 8>(p, batch, t, stream);
-  if (p.head_dim <= 96) return launch_backward<E, 96, 96, 32, 8>(p, batch, t, stream);
-  if (p.head_dim <= 128) return launch_backward<E, 128, 128, 32, 8>(p, batch, t, stream);
-  if (p.head_dim <= 192) return launch_backward<E, 192, 96, 32, 4>(p, batch, t, stream);
-  return launch_backward<E, 256, 128, 32, 4>(p, batch, t, stream);
+  using Small = TileShape<128, 64, 4>;
+  using Middle = TileShape<128, 32, 4>;
+  using Wide = TileShape<128, 32, 8>;
+  using Large = TileShape<64, 32, 4>;
+  if (p.head_dim <= 16) return launch_backward<E, 16, 16, Small, Small>(p, batch, t, stream);
+  if (p.head_dim <= 32) return launch_backward<E, 32, 32, Small, Small>(p, batch, t, stream);
+  if (p.head_dim <= 64) return launch_backward<E, 64, 64, Middle, Middle>(p, batch, t, stream);
+  if (p.head_dim <= 96) return launch_backward<E, 96, 96, Wide, Middle>(p, batch, t, stream);
+  if (p.head_dim <= 128) return launch_backward<E, 128, 128, Wide, Middle>(p, batch, t, stream);
+  if (p.head_dim <= 192) return launch_backward<E, 192, 96, Large, Large>(p, batch, t, stream);
+  return launch_backward<E, 256, 128, Large, Large>(p, batch, t, stream);
 }
 
 }  // namespace mlite

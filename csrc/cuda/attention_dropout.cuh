@@ -46,6 +46,13 @@ __device__ __forceinline__ uint32_t dropped(const Attention& p, int64_t plane, i
   return bits;
 }
 
+// The same for each 16 of this warp's rows.
+template <bool KeyRows, int NT, int MT>
+__device__ __forceinline__ void draw(uint32_t (&bits)[MT], const Attention& p, int64_t plane, int row, int column) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m) bits[m] = dropped<KeyRows, NT>(p, plane, row + 16 * m, column);
+}
+
 // Bits as `dropped` gives them, one number for each 16 rows; what they drop becomes zero.
 template <int MT, int NT>
 __device__ __forceinline__ void drop(float (&s)[MT][NT][4], const uint32_t (&bits)[MT]) {

@@ -132,16 +132,17 @@ __global__ void __launch_bounds__(32 * Warps, 1)
   };
 
   load_tile<Rows, D, threads>(tile_q, q.at(batch, head), query, p.queries, p.head_dim);
-  KeyTile tile = tiles.next(0);
-  if (tile.first < tiles.end) load(tile.first, 0);
+  KeyTile next = tiles.next(0);
+  if (next.first < tiles.end) load(next.first, 0);
   copy_async_commit();
 
   float out[MT][DT][4] = {}, maximum[MT][2], sum[MT][2] = {};
 #pragma unroll
   for (int m = 0; m < MT; ++m) maximum[m][0] = maximum[m][1] = -INFINITY;
 
-  for (int stage = 0; tile.first < tiles.end; stage ^= 1) {
-    const KeyTile next = tiles.next(tile.first + Columns);
+  for (int stage = 0; next.first < tiles.end; stage ^= 1) {
+    const KeyTile tile = next;
+    next = tiles.next(tile.first + Columns);
     copy_async_wait<0>();
     __syncthreads();  // this tile is there for all; the other stage is no longer read
     if (next.first < tiles.end) load(next.first, stage ^ 1);
@@ -153,13 +154,10 @@ __global__ void __launch_bounds__(32 * Warps, 1)
     online_softmax(s, out, maximum, sum, p.scale * kLog2E);
     if (p.drops) {  // the sums are those of all probabilities
       uint32_t bits[MT];
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-        bits[m] = dropped<false, NT>(p, p.plane(batch, head), query + row + 16 * m, tile.first);
+      draw<false, NT>(bits, p, p.plane(batch, head), query + row, tile.first);
       drop(s, bits);
     }
     multiply<E, D>(out, s, tile_v + stage * Columns * D, 0);
-    tile = next;
   }
   copy_async_wait<0>();  // where there was no key to visit, the queries may still be on their way
   __syncthreads();

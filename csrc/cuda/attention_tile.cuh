@@ -52,7 +52,7 @@ struct Tile {
   static __device__ __forceinline__ int at(int row, int chunk) { return at(0, 0, row, chunk); }
 
   // Offset of chunk (row + lane_row, chunk + lane_chunk) for row a multiple of 8, chunk even, lane_chunk 0 or
-  // 1 (or row and chunk both 0). With row and chunk known to the compiler, few of the offsets a lane needs
+  // 1 (or chunk 0 and lane_chunk any). With row and chunk known to the compiler, few of the offsets a lane needs
   // differ by more than a constant, and the registers are left to the products.
   static __device__ __forceinline__ int at(int row, int chunk, int lane_row, int lane_chunk) {
     const int swizzle = lane_row * permuted / 8 % permuted;
@@ -66,15 +66,15 @@ struct Tile {
 template <int Rows, int D, int Threads>
 __device__ __forceinline__ void load_tile(uint16_t* tile, Matrix matrix, int first, int rows, int head_dim) {
   constexpr int chunks = Tile<D>::chunks, threads = Threads / chunks * chunks, step = threads / chunks;
-  const int thread = here(threadIdx.x), chunk = thread % chunks;
+  const int thread = here(threadIdx.x), row = thread / chunks, chunk = thread % chunks;
   if (thread >= threads) return;  // whole rows at a time: of 128 threads 120 copy rows of 12 chunks
-  const uint16_t* source = matrix.data + (first + thread / chunks) * matrix.stride + chunk * 8;
+  const int valid = chunk * 8 < head_dim ? rows - first - row : 0;  // rows from this thread's first on
+  const uint16_t* source = matrix.data + (first + row) * matrix.stride + chunk * 8;
 #pragma unroll
   for (int i = 0; i < Rows; i += step, source += step * matrix.stride) {
-    const int row = i + thread / chunks;
-    if (Rows % step != 0 && row >= Rows) break;
-    const bool valid = first + row < rows && chunk * 8 < head_dim;
-    copy_async(tile + Tile<D>::at(row, chunk), valid ? source : matrix.data, valid);
+    if (Rows % step != 0 && i + row >= Rows) break;
+    const int to = step % 8 == 0 ? Tile<D>::at(i, 0, row, chunk) : Tile<D>::at(i + row, chunk);
+    copy_async(tile + to, source, i < valid);
   }
 }
 

@@ -43,11 +43,8 @@ BUGS = {
     ),
     "documents: last ids": (TILE, "batch * (last_row + int64_t(1))", "batch * int64_t(last_row)"),
     "documents: touching ranges left out": (TILE, "low <= other.high &&", "low < other.high &&"),
-    "copy: other swizzle": (
-        TILE,
-        "copy_async(tile + Tile<D>::at(row, chunk)",
-        "copy_async(tile + row * D + chunk * 8",
-    ),
+    "copy: other swizzle": (TILE, "copy_async(tile + to,", "copy_async(tile + (i + row) * D + chunk * 8,"),
+    "copy: rows beyond the end": (TILE, "? rows - first - row : 0", "? Rows : 0"),
     "scores: other swizzle": (
         TILE,
         "2 * k, lane % 8 + lane / 16 * 8, lane / 8 % 2",
@@ -70,7 +67,7 @@ BUGS = {
         "    copy_async_wait<0>();\n    __sync",
         "    copy_async_wait<1>();\n    __sync",
     ),
-    "backward: delta forgotten": (BACKWARD, "(dp[0][n][e] - mine[e].y)", "dp[0][n][e]"),
+    "backward: delta forgotten": (BACKWARD, "(dp[m][n][e] - mine[e].y)", "dp[m][n][e]"),
     "backward: half of delta": (BACKWARD, "int lanes = width / 2;", "int lanes = width / 4;"),
     "backward: queries beyond the end": (
         BACKWARD,
@@ -106,7 +103,21 @@ BUGS = {
     "backward: dropout of other lanes": (DROPOUT, "swap_bits<4, 1, 0x55555555u>(bits)", "bits"),
     "backward: dropout of dV left out": (BACKWARD, "if (KeyRows && p.drops) drop(s, bits);", ""),
     "backward: delta of what is dropped": (BACKWARD, "delta * share_kept", "delta"),
-    "backward: stage of the rows": (BACKWARD, "stream_rows + stage * Columns : rows", "stream_rows : rows"),
+    "backward: stage of the columns' numbers": (
+        BACKWARD,
+        "queries + (KeyRows ? stage * Columns : warp_row)",
+        "queries + (KeyRows ? 0 : warp_row)",
+    ),
+    "backward: numbers of another warp's rows": (
+        BACKWARD,
+        "queries + (KeyRows ? stage * Columns : warp_row)",
+        "queries + (KeyRows ? stage * Columns : 0)",
+    ),
+    "backward: a warp leaves out its diagonal": (
+        BACKWARD,
+        "first_key > last_query + p.shift())",
+        "first_key + 32 > last_query + p.shift())",
+    ),
 }
 ONE_SIZE = (  # compiles a sixteenth of the kernels
     (
@@ -117,7 +128,7 @@ ONE_SIZE = (  # compiles a sixteenth of the kernels
     (
         BACKWARD,
         "dtype == MLITE_BF16 ? backward_by_size<Bf16> : backward_by_size<Fp16>",
-        "launch_backward<Bf16, 64, 64, 64, 8>",
+        "launch_backward<Bf16, 64, 64, TileShape<128, 32, 4>, TileShape<128, 32, 4>>",
     ),
 )
 
