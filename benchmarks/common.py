@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from bare import ROOT, settings_are_checked
-from teams import Result, Side
+from teams import Result
 
 from megatron_lite.config import Config, ConfigError, load_config
 
@@ -112,13 +112,13 @@ def table(
     results: Sequence[Result],
     tokens: int,
     baselines: Sequence[str],
-    more: Sequence[tuple[str, Callable[[Side, float], str]]] = (),
+    more: Sequence[tuple[str, Callable[[float], str]]] = (),
 ) -> str:
     """A Markdown table of the sides.
 
     Args:
         baselines: names of sides; each makes a column of ratios to it, taken within each round.
-        more: titles of further columns, and what makes a cell from a side and its median seconds a step.
+        more: titles of further columns, and what makes a cell from median seconds a step.
     """
     by_name = {result.side.name: result for result in results}
     ranked = any(result.side.ranks > 1 for result in results)
@@ -134,6 +134,6 @@ def table(
             pairs = zip(by_name[name].seconds, result.seconds, strict=False)
             ratios = [base / own for base, own in pairs]
             row.append(spread(ratios, 3) if ratios else "-")
-        row += [cell(result.side, statistics.median(result.seconds)) for _, cell in more]
+        row += [cell(statistics.median(result.seconds)) for _, cell in more]
         rows.append([*row, f"{result.peak:.0f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

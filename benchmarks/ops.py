@@ -206,6 +206,7 @@ class Run:
         self.bandwidth = copy_bandwidth(self.device)
         self.others: list[str] = []
         self.notes: list[str] = []
+        self.left_out: list[str] = []
         self.wrong = False
         self.pool = None
         if self.device == "cpu" and Path("/proc/self/clear_refs").exists():
@@ -232,7 +233,7 @@ class Run:
         self, name: str, make: Callable[[], Case], cases: Cases, number: int, dtype: str, rate: float
     ) -> None:
         if time.time() > self.options.until:
-            self.notes.append(f"left out, the time being up: {name}, {cases.size.name}, {dtype}")
+            self.left_out.append(f"{name} ({cases.size.name}, {dtype})")
             return
         print(f"{dtype}, {cases.size.name}: {name}", file=sys.stderr)
         case = make()
@@ -271,6 +272,8 @@ class Run:
             print("\n#### Other kernels\n\n| type | operation | shape | side | ms | side / ours | MiB |")
             print(f"|{' --- |' * 7}")
             print("\n".join(self.others))
+        if self.left_out:
+            self.notes.append(f"left out, the time being up: {'; '.join(self.left_out)}")
         if self.notes:
             print()
             print("\n".join(f"- {note}" for note in self.notes))
@@ -301,7 +304,8 @@ def main() -> int:
     run = Run(options)
     if options.device == "cpu":
         set_cpu_allocator()
-    for dtype in options.dtype or ("fp32", "bf16"):
+    # On a GPU what is used most comes first: a time limit cuts the rest.
+    for dtype in options.dtype or (("bf16", "fp32") if options.device == "cuda" else ("fp32", "bf16")):
         run.table(dtype)
     run.finish()
     return int(run.wrong)

@@ -10,6 +10,7 @@ whole sequence, although the mask leaves half of it out.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from bare import ROOT
 from common import describe, header, parse, parser, read_config, table
 from ours import engine_step, has_engine, loop_step, random_batches
 from roof import gemm_rate
-from teams import Side, Step, one_by_one, take_turns
+from teams import Result, Side, Step, one_by_one, take_turns
 
 from megatron_lite.config import Config
 
@@ -149,39 +150,64 @@ def main() -> None:
     options = parse(made)
     how = "one side after the other" if options.device == "cuda" else "alternating"
     print(header(options, f"{options.rounds} rounds of {options.steps} steps a side, {how}"))
-    comparison, columns = Comparison(options), []
-    if options.device == "cuda":
-        rate = gemm_rate(torch.bfloat16, "cuda")
-        torch.cuda.empty_cache()
-        print(f"- bf16 matrix product of 8192: {rate / 1e12:.0f} TFLOP/s")
+    comparison = Comparison(options)
+    jobs = []
     for name, preset in chosen(options).items():
         for precision in options.precision or (("bf16",) if options.device == "cuda" else ("fp32", "bf16")):
             config, fp32 = (
                 read_config(options, ROOT / preset.config, *preset.overrides, f"train.precision={kind}")
                 for kind in (precision, "fp32")
             )
-            if time.time() > options.until:
-                print(f"\nLeft out, the time being up: {name}, {precision}")
-                continue
-            sides, baselines = comparison.sides(config, fp32)
-            if options.device == "cuda":
-                results = one_by_one(sides, options.rounds, options.steps, options.until)
-                work = (
-                    config.train.global_batch_size * config.model.seq_length * config.model.flops_per_token()
-                )
-                columns = [
-                    ("TFLOP/s", lambda side, seconds, work=work: f"{work / seconds / 1e12:.0f}"),
-                    (
-                        "MFU of the matrix product",
-                        lambda _, seconds, work=work: f"{work / seconds / rate:.1%}",
-                    ),
-                    ("MFU of 989 TFLOP/s", lambda _, seconds, work=work: f"{work / seconds / DATASHEET:.1%}"),
-                ]
-            else:
-                results = take_turns(sides, options.rounds, options.steps)
-            tokens = config.train.global_batch_size * config.model.seq_length
-            print(f"\n#### {name}, {precision}\n\n{describe(config)}\n")
-            print(table(results, tokens, baselines, columns), flush=True)
+            jobs.append(Job(f"{name}, {precision}", config, *comparison.sides(config, fp32)))
+    (on_a_gpu if options.device == "cuda" else on_a_cpu)(options, jobs)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One table to be."""
+
+    title: str
+    config: Config
+    sides: list[Side]
+    baselines: list[str]
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.config.train.global_batch_size * self.config.model.seq_length
+
+    def print(self, results: list[Result], *columns: tuple[str, Callable[[float], str]]) -> None:
+        print(f"\n#### {self.title}\n\n{describe(self.config)}\n")
+        print(table(results, self.tokens, self.baselines, columns), flush=True)
+
+
+def on_a_cpu(options: argparse.Namespace, jobs: list[Job]) -> None:
+    for job in jobs:
+        if time.time() > options.until:
+            print(f"\nLeft out, the time being up: {job.title}")
+        else:
+            job.print(take_turns(job.sides, options.rounds, options.steps))
+
+
+def on_a_gpu(options: argparse.Namespace, jobs: list[Job]) -> None:
+    """All models without torch.compile first, which takes longest: a time limit cuts what comes last."""
+    rate = gemm_rate(torch.bfloat16, "cuda")
+    torch.cuda.empty_cache()
+    print(f"- bf16 matrix product of 8192: {rate / 1e12:.0f} TFLOP/s")
+    sides = sorted((side for job in jobs for side in job.sides), key=lambda side: "compile" in side.name)
+    results = one_by_one(sides, options.rounds, options.steps, options.until)
+    for job in jobs:
+        work = job.tokens * job.config.model.flops_per_token()
+
+        def share(of: float, work: float = work) -> Callable[[float], str]:
+            return lambda seconds: f"{work / seconds / of:.1%}"
+
+        job.print(
+            [result for result in results if any(result.side is side for side in job.sides)],
+            ("TFLOP/s", lambda seconds, work=work: f"{work / seconds / 1e12:.0f}"),
+            ("MFU of the matrix product", share(rate)),
+            ("MFU of 989 TFLOP/s", share(DATASHEET)),
+        )
 
 
 if __name__ == "__main__":

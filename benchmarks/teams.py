@@ -206,6 +206,7 @@ def one_by_one(sides: Sequence[Side], rounds: int, steps: int, deadline: float) 
             try:
                 result.seconds = [team.seconds(steps) / steps for _ in range(rounds)]
                 result.peak = team.finish()
+                print(f"{min(result.seconds):.4f} s a step at best, {result.peak:.0f} MiB", file=sys.stderr)
             finally:
                 team.stop()
         except RuntimeError as error:

@@ -90,6 +90,28 @@ def test_step() -> None:
                 assert (ratio == (1, 1, 1)) == (row["side"] == plain(kind))
 
 
+def test_presets_load_and_have_a_plain_model() -> None:
+    code = (
+        "import step, torch; from bare import ROOT; from plain_gpt import PlainGPT\n"
+        "from megatron_lite.config import load_config\n"
+        "torch.set_default_device('meta')\n"
+        "for presets in step.PRESETS.values():\n"
+        "    for name, preset in presets.items():\n"
+        "        config = load_config(ROOT / preset.config, preset.overrides, world_size=1)\n"
+        "        PlainGPT(config.model)\n"
+        "        print(f'{name}: {config.model.parameter_count() / 1e6:.0f}')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}"}
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = {name: int(millions) for name, millions in (line.split(": ") for line in said.splitlines())}
+    assert found["shakespeare_char"] == 11 and 80 < found["768 wide"] < 100
+    for millions in (125, 350):
+        assert 0.98 < found[f"GPT {millions}M"] / millions < 1.05
+    assert 1250 < found["GPT 1.3B"] < 1350
+    assert found["8 blocks of Llama 3 8B"] == round(8 * 218.1 + 2 * 4.096 * 32)
+
+
 @pytest.mark.slow
 def test_step_without_deepspeed_and_with_compile() -> None:
     (rows,) = tables(run("step.py", *TINY, "--precision", "fp32", "--loop"))

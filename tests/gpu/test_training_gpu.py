@@ -1,5 +1,6 @@
 """The main job on CUDA devices, through its command line, against the same run on the CPU. Needs a GPU."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import torch
 
 from megatron_lite.data.indexed import IndexedDatasetWriter
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
