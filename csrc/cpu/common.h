@@ -61,10 +61,17 @@ MLITE_INLINE inline Vector load_raw(const T* p, int count) {
     memcpy(&v, p, sizeof(v));
     return v;
   }
+#ifdef __AVX512F__
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) return bit_cast<Vector>(_mm512_maskz_loadu_epi32(mask, p));
+  else if constexpr (sizeof(T) == 2) return bit_cast<Vector>(_mm256_maskz_loadu_epi16(mask, p));
+  else return bit_cast<Vector>(_mm_maskz_loadu_epi8(mask, p));
+#else
   T elements[kLanes];
   for (int i = 0; i < kLanes; ++i) elements[i] = i < count ? p[i] : T();
   memcpy(&v, elements, sizeof(v));
   return v;
+#endif
 }
 
 template <typename Vector, typename T>
@@ -73,9 +80,15 @@ MLITE_INLINE inline void store_raw(T* p, Vector v, int count) {
     memcpy(p, &v, sizeof(v));
     return;
   }
+#ifdef __AVX512F__
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, mask, bit_cast<__m512i>(v));
+  else _mm256_mask_storeu_epi16(p, mask, bit_cast<__m256i>(v));
+#else
   T elements[kLanes];
   memcpy(elements, &v, sizeof(v));
   for (int i = 0; i < count; ++i) p[i] = elements[i];
+#endif
 }
 
 // Of each of these the compiler knows the general form, but makes several instructions where there is one.
@@ -102,12 +115,18 @@ MLITE_INLINE inline Floats load(const bf16* p, int count) {
 }
 
 MLITE_INLINE inline void store(float* p, Floats x, int count) { store_raw(p, x, count); }
-// Round to nearest even; a NaN stays one. (The instruction for it would flush denormals.)
+// Round to nearest even; a NaN stays one.
+MLITE_INLINE inline Halves rounded(Floats x) {
+#ifdef __AVX512BF16__
+  // The instruction would take denormals for 0.
+  if (__builtin_expect(!_mm512_fpclass_ps_mask(x, 0x20), 1)) return bit_cast<Halves>(_mm512_cvtneps_pbh(x));
+#endif
+  const Words bits = bit_cast<Words>(x), whole = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Words chosen = x == x ? whole : (bits >> 16 | 0x40u);
+  return narrow(chosen);
+}
 MLITE_INLINE inline void store(bf16* p, Floats x, int count) {
-  const Words bits = bit_cast<Words>(x);
-  const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const Words chosen = x == x ? rounded : (bits >> 16 | 0x40u);
-  store_raw(reinterpret_cast<uint16_t*>(p), narrow(chosen), count);
+  store_raw(reinterpret_cast<uint16_t*>(p), rounded(x), count);
 }
 
 MLITE_INLINE inline float to_float(float x) { return x; }
@@ -128,22 +147,31 @@ MLITE_INLINE inline Floats first_of(Floats x, int count, float rest) {
 // b where it is larger; a NaN in b is passed over. a never holds one.
 MLITE_INLINE inline Floats largest_of(Floats a, Floats b) { return b > a ? b : a; }
 
+// The lanes of x taken together by `both`, half with half.
+template <int lanes, typename Vector, typename Both>
+MLITE_INLINE inline float reduce(Vector x, const Both& both) {
+  if constexpr (lanes == 1) {
+    return x[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * lanes)));
+    Half halves[2];
+    memcpy(halves, &x, sizeof(x));
+    return reduce<lanes / 2>(both(halves[0], halves[1]), both);
+  }
+}
+
 template <int n>
 MLITE_INLINE inline float sum_of(const Floats (&parts)[n]) {
   Floats total = parts[0];
   for (int i = 1; i < n; ++i) total += parts[i];
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += total[i];
-  return sum;
+  return reduce<kLanes>(total, [](auto a, auto b) MLITE_INLINE { return a + b; });
 }
 
 template <int n>
 MLITE_INLINE inline float max_of(const Floats (&parts)[n]) {
   Floats all = parts[0];
   for (int i = 1; i < n; ++i) all = largest_of(all, parts[i]);
-  float max = all[0];
-  for (int i = 1; i < kLanes; ++i) max = all[i] > max ? all[i] : max;
-  return max;
+  return reduce<kLanes>(all, [](auto a, auto b) MLITE_INLINE { return b > a ? b : a; });
 }
 
 // exp to about one unit in the last place, denormal results included: 2^n e^r with |r| <= log(2) / 2, and e^r =

@@ -26,6 +26,8 @@ struct Visible {
   }
 };
 
+constexpr int64_t kBuffer = 4096;  // keys whose exponentials are kept in fp32; beyond, they are computed twice
+
 template <typename T>
 void forward_row(int64_t limit, int64_t keys, float scale, const T* x, const Visible& visible, T* y) {
   Floats maxima[kUnroll], sums[kUnroll] = {};
@@ -35,13 +37,21 @@ void forward_row(int64_t limit, int64_t keys, float scale, const T* x, const Vis
     maxima[j] = largest_of(maxima[j], visible(i, count) ? score : splat(-INFINITY));
   });
   const float max = max_of(maxima);
+  const auto exponential = [&](int64_t i, int count) MLITE_INLINE {
+    return visible(i, count) ? exp(load(x + i, count) * scale - max) : splat(0);
+  };
+  float own[std::is_same_v<T, float> ? 1 : kBuffer];
+  float* kept = own;
+  if constexpr (std::is_same_v<T, float>) kept = y;
+  const bool keep = std::is_same_v<T, float> || limit <= kBuffer;
   for_vectors(limit, [&](int64_t i, int count, int j) MLITE_INLINE {
-    const Floats e = exp(load(x + i, count) * scale - max);
-    sums[j] += visible(i, count) ? e : splat(0);
+    const Floats e = exponential(i, count);
+    sums[j] += e;
+    if (keep) store(kept + i, e, count);
   });
-  const float inverse = 1.0f / sum_of(sums);  // unused where no key counts; else the largest alone makes the sum 1
+  const float inverse = 1.0f / sum_of(sums);  // inf where no key counts; else the largest alone makes the sum 1
   for_vectors(limit, [&](int64_t i, int count, int) MLITE_INLINE {
-    const Floats e = exp(load(x + i, count) * scale - max);
+    const Floats e = keep ? load(kept + i, count) : exponential(i, count);
     store(y + i, visible(i, count) ? e * inverse : splat(0), count);
   });
   memset(y + limit, 0, sizeof(T) * (keys - limit));

@@ -164,6 +164,12 @@ def test_softmax(
     checks.check_softmax(library, shape, dtype, mask_heads=mask_heads, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_of_rows_too_long_to_be_kept(library: CpuLibrary, dtype: torch.dtype) -> None:
+    for keys in (4096, 4097, 5000):
+        checks.check_softmax(library, (1, 1, 2, keys), dtype, segments=True)
+
+
 @few
 @given(
     library=LIBRARY,
