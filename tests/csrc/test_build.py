@@ -1,5 +1,6 @@
 """How csrc is compiled: what changed and no more, and a module wherever there is a C++ compiler."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -45,7 +46,7 @@ def test_a_failure_is_told_and_does_not_count_as_made(tmp_path: Path) -> None:
     build.compile_units([unit(tmp_path)], tmp_path)
     (tmp_path / "header.h").write_text("#define ANSWER forty_two\n")
     for _ in range(2):
-        with pytest.raises(build.BuildError, match=r"(?s)c\+\+.*source.cpp.*forty_two"):
+        with pytest.raises(build.BuildError, match=r"(?s)source\.cpp.*forty_two"):
             build.compile_units([unit(tmp_path)], tmp_path)
 
 
@@ -100,6 +101,7 @@ def test_the_module_holds_the_machine_code_of_every_cuda_source() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="the environment has no pip")
 def test_a_wheel_without_cuda(tmp_path: Path) -> None:
     """An ordinary isolated build of a copy, in which there is neither torch nor a usable nvcc."""
     copy, wheels, site = tmp_path / "copy", tmp_path / "wheels", tmp_path / "site"
