@@ -17,6 +17,7 @@ from megatron_lite.ops.native.kernels import (
     unsigned,
 )
 from megatron_lite.ops.native.operator import Operator, Raw
+from megatron_lite.ops.native.qkv import new_thirds
 
 
 def _forward(
@@ -57,10 +58,12 @@ def _gradient(
     seed: int,
     first_head: int,
     heads: int,
+    thirds: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; with `thirds`, those of one tensor where q, k and v are."""
     q, k, v, grad = (_readable(x) for x in (q, k, v, grad))
     b, h, s, d = q.shape
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = new_thirds(q, k, v) if thirds else (torch.empty_like(x) for x in (q, k, v))
     launch(
         "attention_backward", q, b, h, k.size(1), s, k.size(2), d, scale, True, *_with_strides(q, k, v), queries, keys,
         p, unsigned(seed), first_head, heads, *_with_strides(out), lse, *_with_strides(grad, dq, dk, dv),
@@ -84,7 +87,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, gradient: Raw, grad: Tensor) -> tuple[Any, ...]:
-    return (*gradient(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7)
+    eager = gradient is _gradient  # operators of torch.library may not return tensors that share memory
+    return (*gradient(grad, *ctx.saved_tensors, *ctx.rest, eager), *(None,) * 7)
 
 
 _operator = Operator("attention", _forward, _gradient, _save, _backward)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from megatron_lite.ops import native
+from megatron_lite.ops import ProbabilityDropout, native
 from tests.ops.native.cases import documents, numbers, tables
 
 F32 = torch.float32
@@ -38,6 +38,11 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "rotary": (q, k, *tables(5, 6).values(), False),
         "softmax": (scores, 0.5, True, parts.queries, parts.keys, torch.ones(5, 7).bool().expand(2, 3, 5, 7)),
         "softmax_backward": (no(3, 8), no(3, 8, seed=1), 0.5),
+        "attention": (q, k, k, parts.queries, parts.queries, 0.3, 0.2, 7, 0, 4),
+        "attention_backward": (
+            *(no(2, 4, 5, 8), no(2, 4, 5, 8), no(2, 2, 5, 8), no(2, 2, 5, 8)),
+            *(no(2, 4, 5, 8), no(2, 4, 5), None, None, 0.3, 0.0, 0, 0, 4, False),
+        ),
         "cross_entropy_stats": (no(3, 8), labels, 1, 7),
         "cross_entropy_grad": (no(3, 8), labels, rows, rows, rows, 1, 7, 0.1),
     }
@@ -62,10 +67,11 @@ def everything(
     y = native.gelu(y, b) + native.gelu_tanh(y) + total
     y = native.dropout(native.swiglu(torch.cat((y, total), -1)), 0.3, seed)
     turned = native.rotary(q.transpose(1, 2), k.transpose(1, 2), *TABLES)
+    attended = native.attention(*turned, k.transpose(1, 2), dropout=ProbabilityDropout(0.2, seed))
     logits, labels = y.detach().flatten(0, 1) * 2, torch.zeros(6, dtype=torch.int64)
     stats = native.cross_entropy_stats(logits, labels, 0, 7)
     gradient = native.cross_entropy_grad(logits, labels, *stats[:2], torch.ones_like(stats[0]), 0, 7, 0.1)
-    return y, *turned, native.softmax(scores, scale=0.5), gradient
+    return y, *turned, attended, native.softmax(scores, scale=0.5), gradient
 
 
 def outcome(function: Any, dtype: torch.dtype, seed: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from megatron_lite.ops import Documents, native, reference
+from megatron_lite.ops import Documents, ProbabilityDropout, native, reference
 from megatron_lite.ops.native import kernels, norm
 from tests.ops.native.cases import Case, documents, numbers, tables
 
@@ -36,6 +36,11 @@ def cases(dtype: torch.dtype = F32, rows: int = 6, cols: int = 8) -> dict[str, C
         Case("dropout", [new(0)], {"p": 0.3, "seed": 1}),
         Case("rotary", [new(0, *heads), new(1, *groups)], tables(rows, cols)),
         Case("softmax", [new(0, 2, 4, rows, rows)], {"documents": documents(2, rows, rows)}),
+        Case(
+            "attention",
+            [new(0, *heads), new(1, *groups), new(3, *groups)],
+            {"dropout": ProbabilityDropout(0.2, 3)},
+        ),
     ]
     return {case.name: case for case in every}
 
@@ -50,6 +55,7 @@ KEPT = {
     "add_layer_norm": ["out", "mean", "rstd"],
     "add_rms_norm": ["out", "rstd"],
     "softmax": ["out"],
+    "attention": ["out", "lse"],
 }
 
 
@@ -74,7 +80,7 @@ def kept_by(case: Case) -> tuple[list[str], list[Tensor]]:
 
 @names
 def test_little_is_kept(name: str) -> None:
-    wanted = ["statistics" if kind in ("mean", "rstd") else kind for kind in KEPT.get(name, [])]
+    wanted = ["statistics" if kind != "out" else kind for kind in KEPT.get(name, [])]
     assert kept_by(cases()[name])[0] == wanted
 
 
@@ -129,6 +135,17 @@ def test_q_and_k_from_one_projection_are_not_copied(monkeypatch: pytest.MonkeyPa
     turned, _ = native.rotary(q, k, **tables(6, 8))
     assert calls[0][8] is q and calls[0][12] is k
     assert turned.transpose(1, 2).is_contiguous()  # in memory [b, s, heads, d] as well
+
+
+def test_attention_reads_and_writes_where_the_linear_layers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = launched(monkeypatch, importlib.import_module("megatron_lite.ops.native.attention"))
+    together = numbers(2, 6, 3, 4, 8, dtype=F32).requires_grad_()
+    q, k, v = (x.transpose(1, 2) for x in together.unbind(2))
+    out = native.attention(q, k, v)
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+    assert [x.data_ptr() for x in calls[0] if x is not out and isinstance(x, Tensor)][1:4] == [
+        x.data_ptr() for x in (q, k, v)
+    ]
 
 
 @names
@@ -266,6 +283,7 @@ def test_memory_is_not_read_on_the_word_of_a_caller() -> None:
     labels, stats, given = torch.zeros(4, dtype=torch.int64), torch.ones(4), tables(5, 8)
     keys = documents(2, 5, 8).keys
     apart = Documents(keys[:, :5], keys)  # not contiguous
+    long, wide = Documents(keys[:, :5].contiguous(), keys[:, :5].long()), torch.ones(1, 1, 1, 264)
 
     def gradient(total: Tensor, grad: Tensor) -> Tensor:
         return native.cross_entropy_grad(x, labels, stats, total, grad, 0, 6, 0.0)
@@ -285,6 +303,11 @@ def test_memory_is_not_read_on_the_word_of_a_caller() -> None:
         (r"must be \(5, r\)", lambda: native.rotary(h, h, **tables(5, 8, batch=3))),
         ("even, up to 8", lambda: native.rotary(h, h, **tables(5, 10))),
         ("cos is torch.float64", lambda: native.rotary(h, h, **{k: v.double() for k, v in given.items()})),
+        ("they must have one type", lambda: native.attention(h, h, h.bfloat16())),
+        ("they must have one type", lambda: native.attention(h, h[:, :, :4], h)),
+        ("they must have one type", lambda: native.attention(h[:, :3], h[:, :2], h[:, :2])),
+        ("heads of 264 features", lambda: native.attention(wide, wide, wide)),
+        (r"documents.keys is torch.int64", lambda: native.attention(h, h, h, documents=long)),
         (r"documents.queries is torch.int32 \(2, 5\); it must be", lambda: native.softmax(h, documents=apart)),
         ("mask is torch.float32", lambda: native.softmax(h, mask=h)),
         ("logits must be", lambda: native.cross_entropy_stats(x, labels.int(), 0, 6)),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_lite.ops import native, reference
+from megatron_lite.ops import ProbabilityDropout, native, reference
 from tests.csrc.emulation import same_or_better
 from tests.ops.native.cases import DEVICES, DTYPES, Case, documents, norm_terms, numbers, tables
 
@@ -21,8 +21,8 @@ NORMS = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"]
 ACTIVATIONS = ["gelu", "gelu_tanh", "swiglu"]
 
 
-def dtype_for(device: str) -> Any:
-    return st.sampled_from(DTYPES[device])
+def dtype_for(device: str, name: str = "") -> Any:
+    return st.sampled_from([dtype for dtype in DTYPES[device] if not native.serves(device, dtype, name)])
 
 
 def norm_case(
@@ -110,6 +110,61 @@ def test_softmax(
         given["mask"] = seen.to(device)
     x = numbers(b, h, s, t, dtype=dtype, device=device)
     Case("softmax", [x], given, [0.0, 1.0]).check()
+
+
+def attention_case(
+    sizes: tuple[int, int, int, int, int], head_dim: int, dtype: torch.dtype, device: str, **given: Any
+) -> Case:
+    """`sizes`: batch, groups, heads a group, queries, keys."""
+    b, g, share, s, t = sizes
+    q = numbers(b, g * share, s, head_dim, dtype=dtype, device=device)
+    k, v = (numbers(b, g, t, head_dim, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    # Scores are sums over the features, and the gradients of q and k differences of such.
+    fp32 = dtype == torch.float32
+    return Case("attention", [q, k, v], given, [8.0 if fp32 else 1.0, *[30.0 if fp32 else 6.0] * 3])
+
+
+@devices
+@few
+@given(
+    data=st.data(),
+    sizes=st.tuples(
+        st.integers(0, 2),
+        st.integers(1, 3),
+        st.integers(1, 3),
+        st.one_of(st.integers(0, 9), st.just(70)),
+        st.one_of(st.integers(0, 9), st.just(131)),
+    ),
+    head_dim=st.sampled_from([2, 8, 20, 64, 128, 256]),
+    split=st.booleans(),
+    p=st.sampled_from([0.0, 0.3]),
+    first=st.integers(0, 2),
+)
+def test_attention(
+    device: str,
+    data: Any,
+    sizes: tuple[int, int, int, int, int],
+    head_dim: int,
+    split: bool,
+    p: float,
+    first: int,
+) -> None:
+    dtype, given = data.draw(dtype_for(device, "attention")), {}
+    if split:
+        given["documents"] = documents(sizes[0], *sizes[3:], device)
+    if p:
+        given["dropout"] = ProbabilityDropout(p, 2**64 - 5, first, 12)
+    attention_case(sizes, head_dim, dtype, device, **given).check()
+
+
+@devices
+def test_slices_of_the_heads_drop_what_all_of_them_drop(device: str) -> None:
+    case = attention_case((2, 4, 2, 6, 6), 8, DTYPES[device][1], device, dropout=ProbabilityDropout(0.4, 7))
+    whole = native.attention(*case.inputs, **case.given)
+    for rank in range(2):
+        q, k, v = (x.chunk(2, 1)[rank] for x in case.inputs if x is not None)
+        part = native.attention(q, k, v, dropout=ProbabilityDropout(0.4, 7, 4 * rank, 8))
+        assert torch.equal(part, whole.chunk(2, 1)[rank])
 
 
 @devices
@@ -232,6 +287,8 @@ def test_layouts_do_not_matter(device: str, way: str) -> None:
         cases += [Case(name, [scores, bias]) for name in ACTIVATIONS]
         cases += [Case("softmax", [scores]), Case("dropout", [scores], {"p": 0.3, "seed": 1})]
         cases += [Case("rotary", [scores, k], tables(5, 4, device=device))]
+        if native.serves(device, dtype, "attention") is None:
+            cases += [attention_case((2, 2, 3, 5, 7), 8, dtype, device)]
         for case in cases:
             function = getattr(native, case.name)
 
