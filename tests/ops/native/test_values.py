@@ -121,7 +121,7 @@ def attention_case(
     k, v = (numbers(b, g, t, head_dim, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
     # Scores are sums over the features, and the gradients of q and k differences of such.
     fp32 = dtype == torch.float32
-    return Case("attention", [q, k, v], given, [8.0 if fp32 else 1.0, *[30.0 if fp32 else 6.0] * 3])
+    return Case("attention", [q, k, v], given, [8.0 if fp32 else 1.0, *[100.0 if fp32 else 10.0] * 3])
 
 
 @devices
