@@ -106,12 +106,19 @@ __global__ void __launch_bounds__(kMaxGroup)
         sums[1] += g * (pair.x[i] - mean) * rstd;
       }
     });
+    V after[kPer];  // dsum's part, on its way while the sums are; no registers are left for it beside a bias' sums
+    if (!kBias && dsum) {
+#pragma unroll
+      for (int tile = 0; tile < kPer; ++tile) {
+        const int col = (tile * blockDim.x + threadIdx.x) * kVector;
+        if (col < cols) after[tile] = load<kVector>(dsum + start + col);
+      }
+    }
     group_reduce(sums, phase, Add());
     const float offset = rms ? 0.0f : sums[0] / cols, slope = sums[1] / cols;
-    const auto finish = [&](const P& pair, int col, float (&dw)[kVector], float (&db)[kVector]) {
+    const auto finish = [&](const P& pair, V out, bool loaded, int col, float (&dw)[kVector], float (&db)[kVector]) {
       const V scale = load<kVector>(weight + col);
-      V out;
-      if (dsum) out = load<kVector>(dsum + start + col);
+      if (dsum && !loaded) out = load<kVector>(dsum + start + col);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float normed = (pair.x[i] - mean) * rstd;
@@ -125,14 +132,14 @@ __global__ void __launch_bounds__(kMaxGroup)
 #pragma unroll
     for (int tile = 0; tile < kPer; ++tile) {
       const int col = (tile * blockDim.x + threadIdx.x) * kVector;
-      if (col < cols) finish(cache[tile], col, weight_sums[tile], bias_sums[kBias ? tile : 0]);
+      if (col < cols) finish(cache[tile], after[tile], !kBias, col, weight_sums[tile], bias_sums[kBias ? tile : 0]);
     }
 #pragma unroll 1
     for (int col = (kPer * blockDim.x + threadIdx.x) * kVector; col < cols; col += blockDim.x * kVector) {
       P pair;
       read(pair, col);
       float dw[kVector] = {}, db[kVector] = {};
-      finish(pair, col, dw, db);
+      finish(pair, V(), false, col, dw, db);
       add_to(dweight + col, dw, row == group);  // beyond the registers the sums stay in the workspace
       if (kBias) add_to(dbias + col, db, row == group);
     }

@@ -124,7 +124,7 @@ BUGS = {
     "the sine of the wrong half": ("rotary.cu", "rotary.cu", "inverse ? 1 - part : part", "part"),
     "the table of the first batch entry": ("rotary.cu", "rotary.cu", "cos_table + b * table_stride_b", "cos_table"),
     "features that pass are left out": ("rotary.cu", "rotary.cu", "if (in != out) store", "if (false) store"),
-    "nine rounds": ("dropout.cu", "dropout.cu", "round < 10", "round < 9"),
+    "nine rounds": ("dropout.cu", "philox.cuh", "round < 10", "round < 9"),
     "the index in the slice, not the global one": (
         "dropout.cu", "dropout.cu", "offset + row * row_stride", "row * cols"
     ),
