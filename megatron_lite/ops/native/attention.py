@@ -124,7 +124,7 @@ def attention(
     if q.is_cuda and d % 8:
         q, k, v = (F.pad(x, (0, -d % 8)) for x in (q, k, v))
     out: Tensor = _operator(q, k, v, *given)
-    return out if out.size(3) == d else out[..., :d]
+    return out if out.size(3) == d else out.narrow(3, 0, d)
 
 
 def _dropout(dropout: ProbabilityDropout | None, heads: int) -> tuple[float, int, int, int]:
