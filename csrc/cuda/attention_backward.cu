@@ -78,17 +78,14 @@ struct ColumnTiles {
   // The first tile from column `first` of `head` on that has a segment in common with the rows.
   __device__ __forceinline__ ColumnTile next(int head, int first) const {
     bool masked = false;
-    for (;; first += Columns) {
-      if (first >= end) {
-        first = begin;
-        if (++head >= last_head || begin >= end) return {last_head, 0, false};
+    for (;; first = begin) {
+      if (p.segments_q != nullptr) {
+        const int32_t* ids = KeyRows ? p.segments_q + static_cast<int64_t>(batch) * p.queries
+                                     : p.segments_k + static_cast<int64_t>(batch) * p.keys;
+        first = next_meeting<Columns>(ids, first, end, own, masked);
       }
-      if (p.segments_q == nullptr) break;
-      const int32_t* ids = KeyRows ? p.segments_q + static_cast<int64_t>(batch) * p.queries
-                                   : p.segments_k + static_cast<int64_t>(batch) * p.keys;
-      const SegmentRange range = segment_range(ids, first, min(first + Columns, end));
-      masked = !range.same(own);
-      if (range.meets(own)) break;
+      if (first < end) break;
+      if (++head >= last_head || begin >= end) return {last_head, 0, false};
     }
     // Keys beyond the end are masked where they are columns; as rows they spoil only what is not stored.
     if (!KeyRows && first + Columns > p.keys) masked = true;

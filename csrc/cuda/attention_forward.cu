@@ -102,11 +102,7 @@ struct KeyTiles {
     bool masked = false;
     if (p.segments_q != nullptr) {
       const int32_t* ids = p.segments_k + static_cast<int64_t>(batch) * p.keys;
-      for (; key < end; key += Columns) {
-        const SegmentRange range = segment_range(ids, key, min(key + Columns, p.keys));
-        masked = !range.same(own);
-        if (range.meets(own)) break;
-      }
+      key = next_meeting<Columns>(ids, key, end, own, masked);
     }
     masked = masked || key + Columns > p.keys || (p.causal && key + Columns - 1 > query + p.shift());
     return {key, masked};

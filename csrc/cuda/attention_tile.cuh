@@ -184,6 +184,23 @@ __device__ __forceinline__ SegmentRange segment_range(const int32_t* ids, int be
   return {__reduce_min_sync(kAllLanes, range.low), __reduce_max_sync(kAllLanes, range.high)};
 }
 
+// The first column of the first tile that has a segment in common with `own`, from `first` on; nothing below `end`
+// where there is none. `masked`: whether it has other segments too. Long stretches without `own` are passed at once.
+template <int Columns>
+__device__ __forceinline__ int next_meeting(const int32_t* ids, int first, int end, SegmentRange own, bool& masked) {
+  constexpr int stretch = 512;
+  for (; first < end; first += Columns) {
+    while (first % stretch == 0 && first < end &&
+           !segment_range(ids, first, min(first + stretch, end)).meets(own))
+      first += stretch;
+    if (first >= end) break;
+    const SegmentRange range = segment_range(ids, first, min(first + Columns, end));
+    masked = !range.same(own);
+    if (range.meets(own)) break;
+  }
+  return first;
+}
+
 // Scores of invisible pairs become -infinity. `row` and `column` are the first of this warp's scores; rows
 // are queries and columns keys, or with KeyRows the other way round. Queries beyond the end keep theirs:
 // nobody reads what comes of them, or their probabilities are zero.

@@ -32,6 +32,11 @@ def test_masks(lengths: tuple[int, int], causal: bool, segments: str | None) -> 
     check(compiled(*SOURCES), (1, 1, 1, *lengths, 64), causal=causal, segments=segments)
 
 
+@pytest.mark.parametrize("lengths", [(50, 1300), (1300, 50)])
+def test_long_stretches_of_other_documents(lengths: tuple[int, int]) -> None:
+    check(compiled(*SOURCES), (1, 1, 1, *lengths, 32), causal=False, segments="documents")
+
+
 @pytest.mark.parametrize("drop", [(0.1, 2**63 + 5, 3, 12), (0.5, 7, 0, 2), (1.0, 7, 0, 2), (1e-12, 7, 0, 2)])
 @pytest.mark.parametrize("keys", [104, 101])  # four keys to a counter, or rows that begin within one
 def test_dropout(keys: int, drop: Drop) -> None:

@@ -32,7 +32,7 @@ BUGS = {
         "min(p.keys, query + Rows + p.shift())",
         "min(p.keys, query + p.shift())",
     ),
-    "forward: other document not masked": (FORWARD, "masked = !range.same(own);", ""),
+    "documents: others not masked": (TILE, "masked = !range.same(own);", ""),
     "mask: off by one": (TILE, "if (key > min(last_key", "if (key >= min(last_key"),
     "mask: triangle from the top left": (TILE, "return keys - queries;", "return 0;"),
     "backward: rows for columns": (TILE, "query = KeyRows ? c : r, key", "query = KeyRows ? r : r, key"),
@@ -43,6 +43,11 @@ BUGS = {
     ),
     "documents: last ids": (TILE, "batch * (last_row + int64_t(1))", "batch * int64_t(last_row)"),
     "documents: touching ranges left out": (TILE, "low <= other.high &&", "low < other.high &&"),
+    "documents: a stretch is judged by its beginning": (
+        TILE,
+        "min(first + stretch, end)",
+        "min(first + Columns, end)",
+    ),
     "copy: other swizzle": (TILE, "copy_async(tile + to,", "copy_async(tile + (i + row) * D + chunk * 8,"),
     "copy: rows beyond the end": (TILE, "? rows - first - row : 0", "? Rows : 0"),
     "scores: other swizzle": (
@@ -138,6 +143,7 @@ def check_one_size(edits: tuple[tuple[str, str, str], ...] = (), backward: bool 
     check(library, (1, 1, 1, 20, 70, 64), causal=False, backward=backward)
     check(library, (1, 2, 1, 150, 213, 64), backward=backward)
     check(library, (2, 1, 1, 90, 150, 64), causal=False, segments="documents", backward=backward)
+    check(library, (1, 1, 1, 20, 900, 64), causal=False, segments="documents", backward=backward)
     check(library, (2, 1, 1, 20, 72, 64), causal=False, drop=(0.4, 3, 2, 2**30), backward=backward)
     check(library, (1, 1, 1, 20, 37, 64), drop=(0.4, 3, 0, 1), backward=backward)
 
