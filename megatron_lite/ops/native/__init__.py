@@ -6,7 +6,6 @@ from megatron_lite.ops.native.cross_entropy import cross_entropy_grad, cross_ent
 from megatron_lite.ops.native.dropout import dropout
 from megatron_lite.ops.native.kernels import serves
 from megatron_lite.ops.native.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from megatron_lite.ops.native.qkv import split_qkv
 from megatron_lite.ops.native.rotary import rotary
 from megatron_lite.ops.native.softmax import softmax
 
@@ -24,6 +23,5 @@ __all__ = [
     "rotary",
     "serves",
     "softmax",
-    "split_qkv",
     "swiglu",
 ]

@@ -17,7 +17,7 @@ from megatron_lite.ops.native.kernels import (
     unsigned,
 )
 from megatron_lite.ops.native.operator import Operator, Raw
-from megatron_lite.ops.native.qkv import new_thirds
+from megatron_lite.ops.qkv import new_thirds
 
 
 def _forward(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.ops import native, sdpa
+from megatron_lite.ops.qkv import split_qkv
 from tests.ops.native.cases import numbers, weights
 
 
@@ -35,22 +36,22 @@ def gradient(
 def test_the_same_as_a_plain_split(sizes: tuple[int, int, int], attend: Any, dtype: torch.dtype) -> None:
     groups, share, d = sizes
     qkv = numbers(2, 5, groups * (share + 2) * d, dtype=dtype)
-    for ours, theirs in zip(native.split_qkv(qkv, *sizes), plain(qkv, *sizes), strict=True):
+    for ours, theirs in zip(split_qkv(qkv, *sizes), plain(qkv, *sizes), strict=True):
         assert torch.equal(ours, theirs)
-    ours, theirs = (gradient(qkv, split, sizes, attend) for split in (native.split_qkv, plain))
+    ours, theirs = (gradient(qkv, split, sizes, attend) for split in (split_qkv, plain))
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 def test_nothing_is_copied() -> None:
     qkv = numbers(2, 5, 3 * 3 * 8, dtype=torch.float32)
-    assert {x.untyped_storage().data_ptr() for x in native.split_qkv(qkv, 3, 1, 8)} == {qkv.data_ptr()}
-    _, grad, parts = gradient(qkv, native.split_qkv, (3, 1, 8), native.attention)
+    assert {x.untyped_storage().data_ptr() for x in split_qkv(qkv, 3, 1, 8)} == {qkv.data_ptr()}
+    _, grad, parts = gradient(qkv, split_qkv, (3, 1, 8), native.attention)
     assert sorted(parts) == [grad.data_ptr() + 4 * 8 * third for third in range(3)]
 
 
 def test_not_every_view_is_a_third() -> None:
     """Keys that are the values, too, or the queries: their gradients must not share memory."""
-    q, k, _ = native.split_qkv(numbers(2, 5, 3 * 3 * 8, dtype=torch.float32), 3, 1, 8)
+    q, k, _ = split_qkv(numbers(2, 5, 3 * 3 * 8, dtype=torch.float32), 3, 1, 8)
     for inputs in ((q, k, k), (q, q, q), (k, q, q)):
         leaves = [x.detach().requires_grad_() for x in inputs]
         copies = [x.detach().clone().requires_grad_() for x in inputs]
@@ -62,10 +63,10 @@ def test_somebody_elses_thirds_are_left_alone() -> None:
     qkv = numbers(2, 5, 3 * 3 * 8, dtype=torch.float32).requires_grad_()
     other = numbers(2, 5, 3 * 3 * 8, dtype=torch.float32, seed=1)
     before = other.clone()
-    dq, dk, _ = native.split_qkv(other, 3, 1, 8)
-    q, k, v = native.split_qkv(qkv, 3, 1, 8)
+    dq, dk, _ = split_qkv(other, 3, 1, 8)
+    q, k, v = split_qkv(qkv, 3, 1, 8)
     (grad,) = torch.autograd.grad((q, k, v), qkv, (dq, dk, dk))
-    thirds = native.split_qkv(grad, 3, 1, 8)
+    thirds = split_qkv(grad, 3, 1, 8)
     assert all(torch.equal(a, b) for a, b in zip(thirds, (dq, dk, dk), strict=True))
     assert torch.equal(other, before)
 
@@ -74,7 +75,7 @@ def test_compiled() -> None:
     qkv = numbers(2, 5, 3 * 3 * 8, dtype=torch.float32)
 
     def attend(qkv: Tensor) -> Tensor:
-        return native.attention(*native.split_qkv(qkv, 3, 1, 8))
+        return native.attention(*split_qkv(qkv, 3, 1, 8))
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     results = []
