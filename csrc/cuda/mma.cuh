@@ -40,9 +40,8 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void
 // 16 bytes from global to shared memory, past the registers and L1; zeros where not `valid` (nothing is read
 // then, and `global` may lie outside of its tensor).
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("{.reg .pred p; setp.eq.u32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p;}" ::"r"(
-                   shared_address(shared)),
-               "l"(__cvta_generic_to_global(global)), "r"(static_cast<uint32_t>(valid))
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
                : "memory");
 }
 
