@@ -17,15 +17,10 @@ struct Normal {
 };
 MLITE_INLINE inline Normal normal(Floats x) {
   const Floats size = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.34f * size), e = exp(-0.5f * x * x);
-  Floats p = splat(-0.0266411267f);
-  p = p * t + 0.141812518f;
-  p = p * t - 0.277456552f;
-  p = p * t + 0.206608117f;
-  p = p * t - 0.0474206991f;
-  p = p * t + 0.116363548f;
-  p = p * t + 0.114976414f;
-  p = p * t + 0.136138558f;
-  p = p * t + 0.135619208f;
+  const Floats t2 = t * t, t4 = t2 * t2;
+  const Floats p01 = 0.136138558f * t + 0.135619208f, p23 = 0.116363548f * t + 0.114976414f;
+  const Floats p45 = 0.206608117f * t + -0.0474206991f, p67 = 0.141812518f * t + -0.277456552f;
+  const Floats p = (-0.0266411267f * t4 + (p67 * t2 + p45)) * t4 + (p23 * t2 + p01);
   const Floats tail = e * (p * t);
   return {e * kInverseRootTwoPi, x < 0.0f ? tail : 1.0f - tail};
 }
