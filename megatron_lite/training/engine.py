@@ -32,6 +32,11 @@ from megatron_lite.parallel.parameter import spec_of  # noqa: E402
 from megatron_lite.parallel.pipeline import StageEngine, StageLayer, build_pipeline  # noqa: E402
 from megatron_lite.training import optimizer_state  # noqa: E402
 from megatron_lite.training.optimizer import WholeAdamW, build_optimizer  # noqa: E402
+from megatron_lite.training.zero import (  # noqa: E402
+    deepspeed_settings,
+    nothing_to_partition,
+    shorten_reductions,
+)
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Said on every rank of names and collectives that DeepSpeed uses, not we.
@@ -86,11 +91,7 @@ class Engine:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime, self.mesh = config, runtime, runtime.mesh
-        self.settings = config.deepspeed_dict(self.mesh.world_size)
-        self.whole = _nothing_to_partition(config, self.mesh.data_size)
-        if self.whole:
-            self.settings["gradient_clipping"] = 0.0
-            self.settings["zero_optimization"]["stage"] = 0
+        self.settings = deepspeed_settings(config, self.mesh, runtime.device)
         deepspeed.init_distributed(dist_init_required=False)
         self.micro_batches = config.accumulation_steps(self.mesh.world_size)
 
@@ -122,16 +123,14 @@ class Engine:
             group["lr"] = rate
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
-        if not self.whole:
+        if not nothing_to_partition(self.config, self.mesh.data_size):
             return build_optimizer(module.parameters(), self.config.optimizer)
         wanted = self.settings.get("data_types", {}).get("grad_accum_dtype", "fp32")
         return WholeAdamW(module.parameters(), self.config.optimizer, self.mesh, accumulate=wanted == "fp32")
 
     def _adopt(self, module: nn.Module, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.deepspeed, self.optimizer = module, engine, optimizer
-        if self.mesh.data_size == 1:
-            # To reduce over one rank it would copy every gradient into a buffer and back.
-            engine.buffered_allreduce_fallback = lambda *_, **__: None
+        shorten_reductions(engine, self.mesh)
         # Without ZeRO, in half precision, DeepSpeed makes room for the moments by a step of no gradient, which
         # Adam's bias correction would count: every update of the beginning would be too small.
         optimizer.state.clear()
@@ -374,20 +373,6 @@ class StagedEngine(Engine):
     def _loss(self, outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         return self.token_loss(logits, *targets)
-
-
-def _nothing_to_partition(config: Config, data_size: int) -> bool:
-    """Whether every rank holds all of the optimizer state of its weights, which is then stepped by `WholeAdamW`.
-
-    ZeRO 0, 1 and 2 are the same thing on one data-parallel rank. Offload and loss scaling (fp16) are DeepSpeed's.
-    """
-    if config.train.precision == "fp16" or config.deepspeed.get("zero_optimization", {}).get(
-        "offload_optimizer"
-    ):
-        return False
-    if data_size == 1:
-        return config.zero_stage < 3
-    return config.zero_stage == 0 and config.train.precision == "fp32"
 
 
 def build_engine(config: Config, runtime: Runtime) -> Engine:

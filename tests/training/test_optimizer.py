@@ -1,20 +1,15 @@
-"""The optimizer step of ranks that hold everything, against plain torch; and when it is the one that serves."""
+"""The optimizer step of ranks that hold everything, against plain torch."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lite.config import OptimizerConfig
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import create_parameter
 from megatron_lite.training.optimizer import WholeAdamW
-from tests.distributed import run_ranks
-from tests.training_case import Case, import_what_ranks_import, make_engine, train
 
 CONFIG = OptimizerConfig(lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=1.0)
 
@@ -114,54 +109,3 @@ def test_a_gradient_that_is_not_finite_leaves_everything(dtype: torch.dtype, bad
     optimizer.step()
     assert not optimizer.overflow
     assert math.isfinite(optimizer._global_grad_norm), "the bad gradient is still there"
-
-
-def wrapper(case: Case) -> str:
-    return type(make_engine(case.config()).deepspeed.optimizer).__name__
-
-
-OFFLOAD = {"deepspeed.zero_optimization.offload_optimizer": {"device": "cpu"}}
-WHOLE = [
-    *(Case(zero=zero, precision=precision) for zero in range(3) for precision in ("fp32", "bf16")),
-    Case(data=2, zero=0),
-    Case(pipeline=2, precision="bf16"),
-    Case(tensor=2),
-]
-DIVIDED = [
-    *(Case(data=2, zero=zero) for zero in (1, 2, 3)),
-    Case(data=2, precision="bf16"),
-    Case(zero=3),
-    Case(zero=2, settings=OFFLOAD),
-]
-
-
-@pytest.mark.parametrize("case", [*WHOLE, *DIVIDED], ids=str)
-def test_ranks_that_divide_nothing_keep_no_copies(case: Case) -> None:
-    for name in run_ranks(case.world_size, wrapper, case):
-        assert (name == "WholeAdamW") == (case in WHOLE), name
-
-
-def collectives_of_a_step(case: Case) -> int:
-    engine = make_engine(case.config())
-    calls = 0
-
-    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def count(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return function(*args, **kwargs)
-
-        return count
-
-    for name in ("all_reduce", "all_gather_into_tensor", "broadcast", "reduce"):
-        setattr(dist, name, counting(getattr(dist, name)))
-    train(engine, range(1))
-    return calls
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_rank_talks_to_nobody(precision: str) -> None:
-    """DeepSpeed reduces over one rank as over many: by way of a buffer."""
-    import_what_ranks_import()
-    assert run_ranks(1, collectives_of_a_step, Case(precision=precision)) == [0]
-    assert run_ranks(2, collectives_of_a_step, Case(precision=precision, data=2))[0] > 0
