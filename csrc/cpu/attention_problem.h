@@ -22,21 +22,37 @@ struct View {
   }
 };
 
+// Bounds of the documents' ids in a tile.
 struct Range {
   int32_t low, high;
 };
 
-// Bounds of the ids, which are at least one.
-inline Range range_of(const int32_t* ids, int64_t count) {
-  Range range{ids[0], ids[0]};
-  for (int64_t i = 1; i < count; ++i) {
-    range.low = ids[i] < range.low ? ids[i] : range.low;
-    range.high = ids[i] > range.high ? ids[i] : range.high;
-  }
-  return range;
-}
-
 enum class Seen { none, some, all };
+
+// Which keys of a panel one query sees: those before `limit`, of its own segment.
+struct Sight {
+  int limit;
+  const int32_t* segments;  // of the panel's keys, or null
+  int32_t segment;
+
+  MLITE_INLINE Ints operator()(int first) const {
+    Ints lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    const Ints seen = lane < limit - first;
+    return segments ? seen & (load_raw<Ints>(segments + first, kLanes) == segment) : seen;
+  }
+};
+
+// Random words of kGroup queries' probabilities in a panel.
+struct RandomWords {
+  alignas(64) uint32_t words[kGroup][kKeys + 4 * kCounters];
+  int skipped[kGroup];  // words that belong to keys before the panel
+
+  MLITE_INLINE Words operator()(int row, int first) const {
+    return load_raw<Words>(words[row] + skipped[row] + first, kLanes);
+  }
+};
+static_assert(kGroup == kStreams);
 
 struct Problem {
   int64_t batch, heads, groups, queries, keys, head_dim;
@@ -54,37 +70,55 @@ struct Problem {
     return limit < 0 ? 0 : limit > keys ? keys : limit;
   }
 
-  // What `rows` neighbouring queries see of `size` keys, some of which may lie beyond the last one.
-  Seen seen(int64_t b, int64_t query, int64_t rows, int64_t key, int64_t size) const {
-    const int64_t last = limit(query + rows - 1);
-    if (last <= key) return Seen::none;
-    const bool all = limit(query) >= key + size;
-    if (!segments_q) return all ? Seen::all : Seen::some;
-    const Range of_q = range_of(segments_q + b * queries + query, rows);
-    const Range of_k = range_of(segments_k + b * keys + key, last - key < size ? last - key : size);
-    if (of_q.high < of_k.low || of_k.high < of_q.low) return Seen::none;
-    return all && of_q.low == of_q.high && of_k.low == of_k.high ? Seen::all : Seen::some;
-  }
-
-  // Which of kLanes keys from `key` on a query sees.
-  MLITE_INLINE Ints seen_keys(int64_t b, int64_t query, int64_t key) const {
-    const int64_t left = limit(query) - key;
-    Ints seen = lanes_below(left < 0 ? 0 : left > kLanes ? kLanes : static_cast<int>(left));
-    if (segments_q && left > 0) {
-      const int64_t there = keys - key;
-      const int32_t* const ids = segments_k + b * keys + key;
-      const Ints segments = there < kLanes ? load_raw<Ints>(ids, static_cast<int>(there)) : load_raw<Ints>(ids, kLanes);
-      seen &= segments == segments_q[b * queries + query];
+  Range range(const int32_t* segments, int64_t at, int64_t count) const {
+    if (!segments) return {0, 0};
+    Range range{segments[at], segments[at]};
+    for (int64_t i = at + 1; i < at + count; ++i) {
+      range.low = segments[i] < range.low ? segments[i] : range.low;
+      range.high = segments[i] > range.high ? segments[i] : range.high;
     }
-    return seen;
+    return range;
+  }
+  Range query_range(int64_t b, int64_t query, int64_t count) const {
+    return range(segments_q, b * queries + query, count);
+  }
+  Range key_range(int64_t b, int64_t key, int64_t count) const { return range(segments_k, b * keys + key, count); }
+
+  // What `rows` neighbouring queries see of `size` keys, some of which may lie beyond the last one.
+  Seen seen(int64_t query, int64_t rows, Range of_q, int64_t key, int64_t size, Range of_k) const {
+    if (limit(query + rows - 1) <= key || of_q.high < of_k.low || of_k.high < of_q.low) return Seen::none;
+    const bool one = of_q.low == of_q.high && of_k.low == of_k.high;
+    return one && limit(query) >= key + size ? Seen::all : Seen::some;
   }
 
-  // The random words of a query's probabilities in a panel: from the returned place on.
-  const uint32_t* random(int64_t b, int64_t h, int64_t query, int64_t key, uint32_t (&words)[kKeys + 4 * kLanes]) const {
-    const uint64_t index = ((b * dropout_heads + dropout_head + h) * queries + query) * keys + key;
-    const int skipped = index % 4;
-    philox(dropout.seed, index / 4, kKeys / 4 + (skipped > 0), words);
-    return words + skipped;
+  // segments: those of a panel from `key` on, padded; nothing is seen by queries beyond the last one.
+  Sight sight(int64_t b, int64_t query, int64_t key, const int32_t* segments) const {
+    if (query >= queries) return {0, nullptr, 0};
+    const int64_t left = limit(query) - key;
+    return {left < 0 ? 0 : left > kKeys ? kKeys : static_cast<int>(left), segments_q ? segments : nullptr,
+            segments_q ? segments_q[b * queries + query] : 0};
+  }
+
+  // Vectors of a panel's keys that reach as far as a query sees.
+  int reach(int64_t query, int64_t key) const {
+    const int64_t left = limit(query < queries ? query : queries - 1) - key;
+    return left <= 0 ? 0 : left >= kKeys ? kPanel : static_cast<int>((left + kLanes - 1) / kLanes);
+  }
+
+  // Of as many vectors of keys.
+  void draw(int64_t b, int64_t h, int64_t query, int64_t key, int vectors, RandomWords& random) const {
+    uint64_t first[kGroup];
+    uint32_t* out[kGroup];
+    int count = 0;
+    for (int r = 0; r < kGroup; ++r) {
+      const uint64_t index = ((b * dropout_heads + dropout_head + h) * queries + query + r) * keys + key;
+      first[r] = index / 4, out[r] = random.words[r], random.skipped[r] = index % 4;
+      if (count < random.skipped[r] + vectors * kLanes) count = random.skipped[r] + vectors * kLanes;
+    }
+    for (int done = 0; done < count; done += 4 * kCounters) {
+      dropout.random.draw(first, out);
+      for (int r = 0; r < kGroup; ++r) first[r] += kCounters, out[r] += 4 * kCounters;
+    }
   }
 };
 

@@ -8,6 +8,9 @@
 #pragma once
 #include "common.h"
 
+// Stages are functions of their own: inlined into one, their vectors would compete for the registers.
+#define MLITE_STAGE __attribute__((noinline))
+
 namespace mlite {
 namespace MLITE_ISA {
 
@@ -67,9 +70,19 @@ MLITE_INLINE inline Floats exp2(Floats t) {
 #endif
 }
 
+// log2(x), by two steps of Halley's method on 2^y; of 0 -inf.
+MLITE_INLINE inline Floats log2(Floats x) {
+  Floats y = __builtin_convertvector(bit_cast<Ints>(x), Floats) * (1.0f / (1 << 23)) - 127.0f;
+  for (int step = 0; step < 2; ++step) {
+    const Floats e = exp2(y);
+    y += 2.88539008f * (x - e) / (x + e);
+  }
+  return x == 0.0f ? splat(-INFINITY) : y;
+}
+
 // sum + a * b, of words.
 template <typename E>
-MLITE_INLINE inline Floats add_product(Floats sum, uint32_t a, Words b) {
+MLITE_INLINE inline Floats multiply_add(Floats sum, uint32_t a, Words b) {
 #ifdef __AVX512BF16__
   if constexpr (kPack<E> == 2)
     return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(Words{} + a), bit_cast<__m512bh>(b));
@@ -77,15 +90,23 @@ MLITE_INLINE inline Floats add_product(Floats sum, uint32_t a, Words b) {
   return sum + bit_cast<float>(a) * bit_cast<Floats>(b);
 }
 
-// sums += A B for kGroup rows and kVectors vectors of columns; `depth` words along the sum.
-template <typename E, int kVectors>
+// (Not by = {}, which GCC writes to memory first.)
+template <int kRows, int kVectors>
+MLITE_INLINE inline void clear(Floats (&sums)[kRows][kVectors]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = splat(0);
+}
+
+// sums += A B for kRows rows and kVectors vectors of columns; `depth` words along the sum.
+template <typename E, int kRows, int kVectors>
 MLITE_INLINE inline void multiply(const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, int depth,
-                                  Floats (&sums)[kGroup][kVectors]) {
+                                  Floats (&sums)[kRows][kVectors]) {
+#pragma GCC unroll 4
   for (int i = 0; i < depth; ++i) {
     Words columns[kVectors];
     for (int v = 0; v < kVectors; ++v) columns[v] = load_raw<Words>(b + i * b_row + v * kLanes, kLanes);
-    for (int r = 0; r < kGroup; ++r)
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = add_product<E>(sums[r][v], a[r * a_row + i], columns[v]);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<E>(sums[r][v], a[r * a_row + i], columns[v]);
   }
 }
 
@@ -103,45 +124,86 @@ MLITE_INLINE inline void for_widths(int vectors, const Body& body) {
   }
 }
 
-// C += A B; rows is a multiple of kGroup, columns of kLanes.
+// C = A B, or what `add` says is added to it; rows is a multiple of 2 * kGroup, columns of kLanes.
 template <typename E>
-inline void add_matrix_product(int rows, int columns, int depth, const uint32_t* a, int64_t a_row, const uint32_t* b,
-                               int64_t b_row, float* c, int64_t c_row) {
+MLITE_STAGE inline void product(bool add, int rows, int columns, int depth, const uint32_t* a, int64_t a_row,
+                                const uint32_t* b, int64_t b_row, float* c, int64_t c_row) {
   for_widths(columns / kLanes, [&](auto width, int first) MLITE_INLINE {
-    for (int row = 0; row < rows; row += kGroup) {
+    // Few columns need more rows for as many sums as keep the multipliers busy.
+    constexpr int kRows = width <= kWidth / 2 ? 2 * kGroup : kGroup;
+    for (int row = 0; row < rows; row += kRows) {
       float* const out = c + row * c_row + first * kLanes;
-      Floats sums[kGroup][width];
-      for (int r = 0; r < kGroup; ++r)
+      Floats sums[kRows][width];
+      clear(sums);
+      for (int r = 0; add && r < kRows; ++r)
         for (int v = 0; v < width; ++v) sums[r][v] = load(out + r * c_row + v * kLanes, kLanes);
-      multiply<E, width>(a + row * a_row, a_row, b + first * kLanes, b_row, depth, sums);
-      for (int r = 0; r < kGroup; ++r)
+      multiply<E, kRows, width>(a + row * a_row, a_row, b + first * kLanes, b_row, depth, sums);
+      for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < width; ++v) store(out + r * c_row + v * kLanes, sums[r][v], kLanes);
     }
   });
 }
 
-// Exchanges rows and columns of a square of words.
-MLITE_INLINE inline void transpose(Words (&rows)[kLanes]) {
+// A square of vectors, as rows of lanes, is transposed in log2(kLanes) steps, each of which exchanges, between two rows,
+// the lanes that have the step's bit set in the one and not set in the other.
 #ifdef __AVX512F__
-  for (int step = 1; step < kLanes; step *= 2) {
-    Words low, high;  // sources of the lanes, those of the second row from kLanes on
+template <int kStep>
+struct Exchange {
+  alignas(64) uint32_t low[kLanes] = {}, high[kLanes] = {};  // sources of the lanes, those of the second row from kLanes on
+
+  constexpr Exchange() {
     for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & step ? i - step + kLanes : i;
-      high[i] = i & step ? i + kLanes : i + step;
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const __m512i a = bit_cast<__m512i>(rows[i]), b = bit_cast<__m512i>(rows[i + step]);
-      rows[i] = bit_cast<Words>(_mm512_permutex2var_epi32(a, bit_cast<__m512i>(low), b));
-      rows[i + step] = bit_cast<Words>(_mm512_permutex2var_epi32(a, bit_cast<__m512i>(high), b));
+      low[i] = i & kStep ? i - kStep + kLanes : i;
+      high[i] = i & kStep ? i + kLanes : i + kStep;
     }
   }
+};
+template <int kStep>
+MLITE_INLINE inline void exchange(Words& a, Words& b) {
+  static constexpr Exchange<kStep> kOrder;
+  const __m512i first = bit_cast<__m512i>(a), second = bit_cast<__m512i>(b);
+  a = bit_cast<Words>(_mm512_permutex2var_epi32(first, _mm512_load_si512(kOrder.low), second));
+  b = bit_cast<Words>(_mm512_permutex2var_epi32(first, _mm512_load_si512(kOrder.high), second));
+}
+template <int kStep = 1>
+MLITE_INLINE inline void transpose(Words (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep]);
+  if constexpr (2 * kStep < kLanes) transpose<2 * kStep>(rows);
+}
+// Lane i of rows[0]: op over the lanes of row i.
+template <int kStep = 1, typename Op>
+MLITE_INLINE inline void reduce_rows(Words (&rows)[kLanes], const Op& op) {
+  for (int i = 0; i < kLanes; i += 2 * kStep) {
+    exchange<kStep>(rows[i], rows[i + kStep]);
+    rows[i] = bit_cast<Words>(op(bit_cast<Floats>(rows[i]), bit_cast<Floats>(rows[i + kStep])));
+  }
+  if constexpr (2 * kStep < kLanes) reduce_rows<2 * kStep>(rows, op);
+}
 #else
+inline void transpose(Words (&rows)[kLanes]) {
   uint32_t square[kLanes][kLanes];
   memcpy(square, rows, sizeof(square));
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < kLanes; ++j) rows[i][j] = square[j][i];
+}
+template <typename Op>
+MLITE_INLINE inline void reduce_rows(Words (&rows)[kLanes], const Op& op) {
+  transpose(rows);
+  for (int i = 1; i < kLanes; ++i) rows[0] = bit_cast<Words>(op(bit_cast<Floats>(rows[0]), bit_cast<Floats>(rows[i])));
+}
 #endif
+
+// Lane i: op over the lanes of row i.
+template <typename Op>
+MLITE_INLINE inline Floats over_rows(const float (*rows)[kLanes], const Op& op) {
+  Words all[kLanes];
+  for (int i = 0; i < kLanes; ++i) all[i] = bit_cast<Words>(load(rows[i], kLanes));
+  reduce_rows(all, op);
+  return bit_cast<Floats>(all[0]);
+}
+MLITE_INLINE inline Floats sum_rows(const float (*rows)[kLanes]) {
+  return over_rows(rows, [](Floats x, Floats y) MLITE_INLINE { return x + y; });
 }
 
 // Rows of a tensor, of which `rows` times `columns` elements count.
@@ -150,6 +212,8 @@ struct Rows {
   const T* data;
   int64_t stride;
   int rows, columns;
+
+  Rows from(int row) const { return {data + row * stride, stride, rows - row, columns}; }
 };
 
 // kLanes words along row r, from word w on.
@@ -187,7 +251,7 @@ MLITE_INLINE inline Words words_across(const Rows<T>& x, int w, int first) {
 //  along: word (r, w) holds the elements of row r from w * kPack on; across: word (w, c) those of column c.
 // out: [rows][out_row], transposed [columns][out_row].
 template <typename E, bool kAcross, bool kTransposed, typename T>
-inline void pack(const Rows<T>& x, int rows, int columns, uint32_t* out, int64_t out_row) {
+MLITE_STAGE inline void pack(const Rows<T>& x, int rows, int columns, uint32_t* out, int64_t out_row) {
   const auto words = [&](int r, int c) MLITE_INLINE {
     if constexpr (kAcross) return words_across<E>(x, r, c);
     else return words_along<E>(x, r, c);
@@ -206,8 +270,37 @@ inline void pack(const Rows<T>& x, int rows, int columns, uint32_t* out, int64_t
   }
 }
 
+// Rows that will be needed next, fetched into the second cache a few at a time while something else is computed.
+template <typename T>
+class Prefetch {
+ public:
+  // Of two tensors side by side.
+  void add(const Rows<T>& first, const Rows<T>& second) { sets_[count_][0] = first, sets_[count_++][1] = second; }
+  void add(const Rows<T>& rows) { add(rows, {rows.data, 0, 0, 0}); }
+
+  void step(int rows) {
+    for (; rows > 0 && set_ < count_; --rows) {
+      for (const Rows<T>& x : sets_[set_])
+        if (row_ < x.rows)
+          for (int c = 0; c < x.columns; c += 64 / static_cast<int>(sizeof(T)))
+            __builtin_prefetch(x.data + row_ * x.stride + c, 0, 2);
+      if (++row_ >= sets_[set_][0].rows) ++set_, row_ = 0;
+    }
+  }
+  // Of the first tensors.
+  int rows() const {
+    int total = 0;
+    for (int i = 0; i < count_; ++i) total += sets_[i][0].rows;
+    return total;
+  }
+
+ private:
+  Rows<T> sets_[4][2];
+  int count_ = 0, set_ = 0, row_ = 0;
+};
+
 #ifdef __AVX512BF16__
-// Two vectors as bf16, rounded to nearest even, a's elements in the lower halves' order: a, then b.
+// Two vectors as bf16, rounded to nearest even: a's elements, then b's.
 MLITE_INLINE inline Words to_bf16(Floats a, Floats b) { return bit_cast<Words>(_mm512_cvtne2ps_pbh(b, a)); }
 // The same, with a's elements in the lower and b's in the upper halves of the words.
 MLITE_INLINE inline Words to_pairs(Floats a, Floats b) {

@@ -5,14 +5,17 @@ namespace mlite {
 namespace MLITE_ISA {
 namespace {
 
-constexpr int kWords = 256;  // drawn at a time
+constexpr int kStep = 4 * kCounters, kWords = kStreams * kStep;  // drawn at a time
 
 template <typename T>
 void dropout_row(int64_t cols, uint64_t index, const Dropout& dropout, const T* x, T* y) {
   uint32_t words[kWords];
   for (int64_t col = 0; col < cols;) {
     const int64_t skipped = (index + col) % 4, left = cols - col;  // of the first counter's words
-    philox(dropout.seed, (index + col) / 4, kWords / 4, words);
+    uint64_t first[kStreams];
+    uint32_t* out[kStreams];
+    for (int i = 0; i < kStreams; ++i) first[i] = (index + col) / 4 + i * kCounters, out[i] = words + i * kStep;
+    dropout.random.draw(first, out);
     const int64_t size = left < kWords - skipped ? left : kWords - skipped;
     for_vectors(size, [&](int64_t i, int count, int) MLITE_INLINE {
       const Words word = load_raw<Words>(words + skipped + i, count);
