@@ -243,7 +243,7 @@ void sum_over_rows(int64_t rows, int64_t width, int64_t split, float* workspace,
   }
   if (blocks == 0) memset(workspace, 0, sizeof(float) * width);
   constexpr int64_t kColumns = 1024;
-#pragma omp parallel for schedule(static) if (blocks * width >= 32768)
+#pragma omp parallel for schedule(static) if (blocks * width >= 65536 && width > kColumns)
   for (int64_t start = 0; start < width; start += kColumns) {
     float* const sum = workspace + start;
     for (int64_t block = 1; block < blocks; ++block) {

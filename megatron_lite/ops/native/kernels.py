@@ -13,10 +13,10 @@ from megatron_lite.ops.arguments import Documents
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types by their numbers in csrc/include/kernels.h."""
 
-_modules: ModuleType | None = None
+_module: ModuleType | None = None
 _missing = ""
 try:
-    _modules = importlib.import_module("megatron_lite.ops._kernels")
+    _module = importlib.import_module("megatron_lite.ops._kernels")
 except (ImportError, OSError) as error:
     _missing = f"the kernels are not built ({error}); `make setup` or `pip install .` builds them"
 
@@ -27,7 +27,7 @@ def serves(device_type: str, dtype: torch.dtype, operation: str | None = None) -
     Args:
         operation: the name of one of them; without it, what holds for all.
     """
-    if _modules is None:
+    if _module is None:
         return _missing
     if device_type not in ("cpu", "cuda"):
         return f"there are kernels for cpu and cuda, none for {device_type}"
@@ -36,13 +36,13 @@ def serves(device_type: str, dtype: torch.dtype, operation: str | None = None) -
         known = "float32 and bfloat16" if device_type == "cpu" else "float32, bfloat16 and float16"
         return f"on {device_type} the kernels take {known}, not {name}"
     if device_type == "cuda":
-        if not _modules.cuda_compiled:
+        if not _module.cuda_compiled:
             return "the kernels were built without CUDA; install the CUDA toolkit (nvcc) and build them again"
         if operation == "attention" and dtype == torch.float32:
             return "attention on cuda runs on tensor cores: bfloat16 and float16, not float32"
         if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
             return f"the kernels need compute capability 8.0 or more; {torch.cuda.get_device_name()} has less"
-    if operation == "attention" and not hasattr(_modules, f"{device_type}_attention_forward"):
+    if operation == "attention" and not hasattr(_module, f"{device_type}_attention_forward"):
         return f"the kernels were built without attention on {device_type}; build them again"
     return None
 
@@ -61,7 +61,7 @@ def launch(name: str, x: Tensor, *arguments: Any) -> None:
     if isinstance(x, FakeTensor):
         return
     device, dtype = x.device, x.dtype
-    kernel = getattr(_modules, f"{device.type}_{name}", None)
+    kernel = getattr(_module, f"{device.type}_{name}", None)
     if kernel is None or dtype not in DTYPES or (dtype == torch.float16 and not x.is_cuda):
         reason = serves(device.type, dtype, name.removesuffix("_forward").removesuffix("_backward"))
         raise TypeError(f"no native {name}: {reason}; megatron_lite.ops.reference takes any type and device")
@@ -90,7 +90,7 @@ def workspace(x: Tensor, rows: int, cols: int, width: int) -> tuple[Tensor, int]
     """Room for partial sums over the rows of x [rows, cols], `width` of them for each part, and the number of parts."""
     if isinstance(x, FakeTensor):
         return x, 0
-    parts: int = getattr(_modules, f"{x.device.type}_workspace_rows")(rows, cols)
+    parts: int = getattr(_module, f"{x.device.type}_workspace_rows")(rows, cols)
     return torch.empty(parts * width, dtype=torch.float32, device=x.device), parts
 
 
@@ -98,7 +98,7 @@ def attention_workspace(q: Tensor) -> Tensor:
     """Room for the backward pass of attention with these queries."""
     if isinstance(q, FakeTensor):
         return q
-    size = getattr(_modules, f"{q.device.type}_attention_workspace")(*q.shape)
+    size = getattr(_module, f"{q.device.type}_attention_workspace")(*q.shape)
     return torch.empty(size, dtype=torch.uint8, device=q.device)
 
 

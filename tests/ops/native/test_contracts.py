@@ -253,12 +253,12 @@ def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda_compiled = False
         cpu_norm_forward = None
 
-    monkeypatch.setattr(kernels, "_modules", Module())
+    monkeypatch.setattr(kernels, "_module", Module())
     assert "built without CUDA" in str(serves("cuda", BF16))
     assert "built without attention on cpu" in str(serves("cpu", BF16, "attention"))
     Module.cuda_compiled = True
     assert "bfloat16 and float16, not float32" in str(serves("cuda", F32, "attention"))
-    monkeypatch.setattr(kernels, "_modules", None)
+    monkeypatch.setattr(kernels, "_module", None)
     monkeypatch.setattr(kernels, "_missing", "the kernels are not built (why)")
     assert serves("cpu", F32) == "the kernels are not built (why)"
     with pytest.raises(

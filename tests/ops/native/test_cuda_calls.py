@@ -28,7 +28,7 @@ def test_a_kernel_runs_on_the_device_and_stream_of_its_tensors(
     def run(*given: Any) -> None:
         calls.append((current[-1], given))
 
-    monkeypatch.setattr(kernels, "_modules", SimpleNamespace(cuda_dropout=run, cuda_compiled=True))
+    monkeypatch.setattr(kernels, "_module", SimpleNamespace(cuda_dropout=run, cuda_compiled=True))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=70 + current[-1]))
