@@ -1,6 +1,7 @@
 """The optimizer step of ranks that hold everything, against plain torch."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from megatron_lite.config import OptimizerConfig
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import create_parameter
 from megatron_lite.training.optimizer import WholeAdamW
+from tests.distributed import run_ranks
+from tests.training_case import Case, import_what_ranks_import, make_engine, train
 
 CONFIG = OptimizerConfig(lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=1.0)
 
@@ -109,3 +112,15 @@ def test_a_gradient_that_is_not_finite_leaves_everything(dtype: torch.dtype, bad
     optimizer.step()
     assert not optimizer.overflow
     assert math.isfinite(optimizer._global_grad_norm), "the bad gradient is still there"
+
+
+def train_without_torchs_compiler(case: Case) -> None:
+    sys.modules["torch._dynamo"] = None  # type: ignore[assignment]  # importing it is an error
+    train(make_engine(case.config()), range(2))
+
+
+@pytest.mark.parametrize("case", [Case(), Case(precision="bf16"), Case(pipeline=2)], ids=str)
+def test_torchs_compiler_is_not_loaded(case: Case) -> None:
+    """torch's optimizers would load it with their first parameters: a second of every start, and 75 MiB."""
+    import_what_ranks_import()
+    run_ranks(case.world_size, train_without_torchs_compiler, case)
