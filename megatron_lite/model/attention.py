@@ -10,6 +10,7 @@ from megatron_lite.model.norm import Norm
 from megatron_lite.model.rotary import Rotary
 from megatron_lite.model.runtime import Context, Runtime
 from megatron_lite.ops import ProbabilityDropout
+from megatron_lite.ops.qkv import split_qkv
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.parallel.random import place_seed
 
@@ -68,13 +69,10 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [b, heads, s, d], keys and values [b, groups, s, d] of this rank."""
-        qkv = self.linear_qkv(x)
-        qkv = qkv.unflatten(-1, (self.groups, self.heads_per_group + 2, self.head_dim))
-        q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=-2)
-        q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)  # [b, s, heads, d]
+        q, k, v = split_qkv(self.linear_qkv(x), self.groups, self.heads_per_group, self.head_dim)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return q, k, v
 
     def _rotate(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None

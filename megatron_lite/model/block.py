@@ -40,7 +40,8 @@ class Block(nn.Module):
     def _forward(self, hidden: Tensor, context: Context) -> Tensor:
         branch = self._drop(self.attention(self.input_layernorm(hidden), context), "attention", context)
         normed, hidden = self.pre_mlp_layernorm(branch, hidden)
-        return hidden + self._drop(self.mlp(normed), "mlp", context)
+        # In place: nothing keeps the branch for the backward pass.
+        return self._drop(self.mlp(normed), "mlp", context).add_(hidden)
 
     def _drop(self, branch: Tensor, place: str, context: Context) -> Tensor:
         if self.dropout == 0 or not self.training:
