@@ -1,5 +1,5 @@
-// Forward pass of attention, as FlashAttention (Dao et al. 2022): the softmax is built up panel by panel of keys, so that
-// no more than a tile's probabilities ever exist.
+// Forward pass of attention, as FlashAttention (Dao et al. 2022): the softmax is built up panel by panel of keys, so
+// that no more than a tile's probabilities ever exist.
 #include <omp.h>
 
 #include <atomic>
@@ -42,7 +42,7 @@ struct Forward {
   float* lse;
 
   int width() const { return round_up(p.head_dim, kLanes * kPack<E>); }  // of packed rows, in elements
-  int columns() const { return round_up(p.head_dim, kLanes); }           // that are computed
+  int columns() const { return round_up(p.head_dim, kLanes); }  // that are computed
   int words() const { return width() / kPack<E>; }
 
   // Scaled scores (to base 2), -inf where a key is not seen.
@@ -60,13 +60,13 @@ struct Forward {
       for_widths(reach, [&](auto vectors, int first) MLITE_INLINE {
         Floats sums[kGroup][vectors];
         clear(sums);
-        multiply<E, kGroup, vectors>(c.q + (row + i) * words(), words(), c.keys + first * kLanes, kKeys, words_of<E>(p.head_dim),
-                             sums);
+        multiply<E, kGroup, vectors>(c.q + (row + i) * words(), words(), c.keys + first * kLanes, kKeys,
+                                     words_of<E>(p.head_dim), sums);
         for (int r = 0; r < kGroup; ++r) {
           for (int v = 0; v < vectors; ++v) {
             Floats score = sums[r][v] * scale;
             if (kMasks) score = sight[r]((first + v) * kLanes) ? score : splat(-INFINITY);
-            maxima[r] = larger(maxima[r], score);
+            maxima[r] = largest_of(maxima[r], score);
             store(&c.scores[i + r][(first + v) * kLanes], score, kLanes);
           }
         }
@@ -78,7 +78,8 @@ struct Forward {
   // The new maxima, and with them offset and shrink.
   MLITE_STAGE void shift(Chunk<E>& c, int row) const {
     for (int i = 0; i < kTile; i += kLanes) {
-      const Floats before = load(c.max + row + i, kLanes), max = larger(before, over_rows(c.maxima + i, larger));
+      const Floats before = load(c.max + row + i, kLanes);
+      const Floats max = largest_of(before, over_rows(c.maxima + i, largest_of));
       const Floats offset = max == -INFINITY ? splat(0) : max;
       store(c.max + row + i, max, kLanes);
       store(c.offset + i, offset, kLanes);

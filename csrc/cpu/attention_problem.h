@@ -1,6 +1,6 @@
-// What the forward and the backward pass of attention share: the arguments, and which keys a query sees.
+// What the forward and the backward pass of attention share: the arguments, which keys a query sees, 2^x.
 #pragma once
-#include "attention_tile.h"
+#include "attention_product.h"
 #include "philox.h"
 
 namespace mlite {
@@ -10,6 +10,39 @@ constexpr int kMaxDim = 256;
 constexpr int kKeys = 64;  // keys of a panel: what is packed and multiplied at a time
 constexpr int kPanel = kKeys / kLanes;
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// 2^t to about one unit in the last place; 2^-inf is 0. A fit of 2^f for 0 <= f <= 1, exact at 0.
+MLITE_INLINE inline Floats exp2(Floats t) {
+#ifdef __AVX512F__
+  const Floats f = _mm512_maskz_reduce_ps(0xffff, t, 1);  // t - floor(t); of an infinity 0
+#else
+  t = smallest_of(largest_of(t, splat(-151.0f)), splat(129.0f));
+  const Floats magic = splat(12582912.0f), shifted = (t - 0.5f) + magic, f = t - (shifted - magic);
+#endif
+  Floats p = splat(0.000216129279f);
+  p = p * f + 0.00124678423f;
+  p = p * f + 0.00967545155f;
+  p = p * f + 0.0554852821f;
+  p = p * f + 0.240229309f;
+  p = p * f + 0.693147063f;
+  p = p * f + 1.0f;
+#ifdef __AVX512F__
+  return _mm512_maskz_scalef_ps(0xffff, p, t);
+#else
+  const Ints whole = bit_cast<Ints>(shifted) - bit_cast<Ints>(magic), half = whole >> 1;
+  return p * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((whole - half + 127) << 23);
+#endif
+}
+
+// log2(x), by two steps of Halley's method on 2^y; of 0 -inf.
+MLITE_INLINE inline Floats log2(Floats x) {
+  Floats y = __builtin_convertvector(bit_cast<Ints>(x), Floats) * (1.0f / (1 << 23)) - 127.0f;
+  for (int step = 0; step < 2; ++step) {
+    const Floats e = exp2(y);
+    y += 2.88539008f * (x - e) / (x + e);
+  }
+  return x == 0.0f ? splat(-INFINITY) : y;
+}
 
 template <typename T>
 struct View {
@@ -71,7 +104,7 @@ struct Problem {
   }
 
   Range range(const int32_t* segments, int64_t at, int64_t count) const {
-    if (!segments) return {0, 0};
+    if (!segments || count <= 0) return {0, 0};
     Range range{segments[at], segments[at]};
     for (int64_t i = at + 1; i < at + count; ++i) {
       range.low = segments[i] < range.low ? segments[i] : range.low;

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), many counters at a time: the random
-// numbers of dropout, by the rule in kernels.h.
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), many counters at a time: the
+// random numbers of dropout, by the rule in kernels.h.
 #pragma once
 #include "common.h"
 
