@@ -71,6 +71,14 @@ def test_somebody_elses_thirds_are_left_alone() -> None:
     assert torch.equal(other, before)
 
 
+def test_thirds_of_two_tensors_are_no_thirds() -> None:
+    qkv = numbers(2, 5, 3 * 3 * 8, dtype=torch.float32).requires_grad_()
+    one, two = (numbers(2, 5, 3 * 3 * 8, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    mixed = (split_qkv(one, 3, 1, 8)[0], *split_qkv(two, 3, 1, 8)[1:])
+    (grad,) = torch.autograd.grad(split_qkv(qkv, 3, 1, 8), qkv, mixed)
+    assert all(torch.equal(a, b) for a, b in zip(split_qkv(grad, 3, 1, 8), mixed, strict=True))
+
+
 def test_compiled() -> None:
     qkv = numbers(2, 5, 3 * 3 * 8, dtype=torch.float32)
 

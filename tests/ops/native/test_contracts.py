@@ -308,6 +308,7 @@ def test_memory_is_not_read_on_the_word_of_a_caller() -> None:
         ("they must have one type", lambda: native.attention(h[:, :3], h[:, :2], h[:, :2])),
         ("heads of 264 features", lambda: native.attention(wide, wide, wide)),
         (r"documents.keys is torch.int64", lambda: native.attention(h, h, h, documents=long)),
+        (r"documents.queries is torch.int32 \(2, 4\)", lambda: native.softmax(h, documents=documents(2, 4, 8))),
         (r"documents.queries is torch.int32 \(2, 5\); it must be", lambda: native.softmax(h, documents=apart)),
         ("mask is torch.float32", lambda: native.softmax(h, mask=h)),
         ("logits must be", lambda: native.cross_entropy_stats(x, labels.int(), 0, 6)),
