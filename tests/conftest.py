@@ -1,6 +1,7 @@
 """What all tests share: one thread, no network, GPU tests skipped where there is none, optional real data."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ pytest.register_assert_rewrite("tests.parity")
 # Before torch is imported: tests fork their ranks, and a child of a process with an OpenMP pool hangs.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# torch.compile imports it, and it refuses to be imported once anything has imported the standard library's distutils.
+with suppress(ImportError):
+    import setuptools  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

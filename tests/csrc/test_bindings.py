@@ -160,7 +160,7 @@ print(kernels.cpu_num_threads(), started, len(runtimes), (torch.tensor(1e-40) * 
 
 
 def python(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
