@@ -16,6 +16,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 with suppress(ImportError):
     import setuptools  # noqa: F401
 
+# Of property tests the same examples in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=explore draws
+# new ones. Machines with torch alone run the GPU tests without hypothesis.
+with suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("same", derandomize=True, deadline=None)
+    settings.register_profile("explore", deadline=None)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -124,10 +124,10 @@ struct Forward {
         float* const out = c.out + (row + i) * width() + first * kLanes;
         Floats sums[kGroup][vectors];
         clear(sums);
-        for (int r = 0; begun && r < kGroup; ++r)
-          for (int v = 0; v < vectors; ++v) sums[r][v] = load(out + r * width() + v * kLanes, kLanes) * c.shrink[i + r];
         multiply<E, kGroup, vectors>(c.probabilities[i], kKeys / kPack<E>, c.values + first * kLanes, width(),
                              c.reach[i / kGroup] * kLanes / kPack<E>, sums);
+        for (int r = 0; begun && r < kGroup; ++r)
+          for (int v = 0; v < vectors; ++v) sums[r][v] += load(out + r * width() + v * kLanes, kLanes) * c.shrink[i + r];
         for (int r = 0; r < kGroup; ++r)
           for (int v = 0; v < vectors; ++v) store(out + r * width() + v * kLanes, sums[r][v], kLanes);
       }

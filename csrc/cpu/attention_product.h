@@ -71,9 +71,10 @@ MLITE_STAGE inline void product(bool add, int rows, int columns, int depth, cons
       float* const out = c + row * c_row + first * kLanes;
       Floats sums[kRows][width];
       clear(sums);
-      for (int r = 0; add && r < kRows; ++r)
-        for (int v = 0; v < width; ++v) sums[r][v] = load(out + r * c_row + v * kLanes, kLanes);
       multiply<E, kRows, width>(a + row * a_row, a_row, b + first * kLanes, b_row, depth, sums);
+      // Added afterwards: each of the product's terms, added to a sum of many tiles, would be rounded to its places.
+      for (int r = 0; add && r < kRows; ++r)
+        for (int v = 0; v < width; ++v) sums[r][v] += load(out + r * c_row + v * kLanes, kLanes);
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < width; ++v) store(out + r * c_row + v * kLanes, sums[r][v], kLanes);
     }
