@@ -79,6 +79,12 @@ def test_nvcc_is_found_in_cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert build.find_nvcc() == str(tmp_path / "bin" / "nvcc")
 
 
+def test_the_compiler_warns_of_nothing() -> None:
+    for unit in build.cpu_units("-fsyntax-only", "-Wall", "-Wextra", "-Werror"):
+        if unit.name.endswith(("entry", "_baseline", build.isas()[-1])):
+            subprocess.run([*unit.command, str(unit.source)], cwd=build.ROOT, check=True)
+
+
 def test_no_flag_trades_correctness_for_speed() -> None:
     for one in (*build.cpu_units(), *build.cuda_units("nvcc")):
         assert not re.search(r"fast-math|Ofast|march=native|use_fast_math", " ".join(one.command))

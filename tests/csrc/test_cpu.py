@@ -32,9 +32,9 @@ COLS = st.one_of(st.integers(1, 80), st.sampled_from([256, 768, 1281, 2048 + 5])
 
 @cache
 def _built() -> ctypes.CDLL:
-    """Objects that stay, so that they are made once for all processes and again only where sources changed."""
-    units, library = build.cpu_units("-Wall", "-Wextra", "-Werror"), new_folder() / "library.so"
-    build.link(build.compile_units(units, build.OBJECTS.with_name("kernels-tests"), jobs=2), library)
+    """The package's objects, which are made again only where sources changed."""
+    library = new_folder() / "library.so"
+    build.link(build.compile_units(build.cpu_units(), build.OBJECTS, jobs=2), library)
     return ctypes.CDLL(str(library))
 
 
