@@ -71,7 +71,7 @@ class _Encoder:
             ids = [document + self._eod if document else document for document in encoded]
             tokens.append(np.fromiter(chain.from_iterable(ids), dtype=self.dtype))
             lengths.append(np.fromiter(map(len, ids), dtype=np.int64))
-        return _Encoded(tokens, lengths, problems, sum(map(len, chunk.lines)))
+        return _Encoded(tokens, lengths, problems, chunk.size)
 
 
 def encode_corpus(

@@ -1,28 +1,55 @@
-"""Text out of files: JSON lines (one object a line) and plain text (.txt: one document a file), also .gz.
+"""Documents out of files: JSON lines, plain text (.txt: one document a file), Parquet, WARC and WET; .gz and .zst.
 
-Reading is in two halves: `read_chunks` cuts files into runs of raw lines (cheap, in one process),
-`parse_line` turns a line into text (in the workers). Lines end at "\\n" alone, so a text may hold any other
-character.
+Reading is in two halves: `read_chunks` cuts files into chunks (cheap, in one process), `parse_chunk` and
+`parse_records` turn a chunk into texts or whole records (in the workers). Lines end at "\\n" alone, so a text may hold
+any other character.
 """
 
 from __future__ import annotations
 
-import gzip
+import datetime
+import decimal
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
 
-CHUNK_BYTES = 1 << 20
-_BOM = b"\xef\xbb\xbf"
+from megatron_lite.corpus.files import (
+    CorpusError,
+    Format,
+    expand_inputs,
+    format_of,
+    open_input,
+    reading,
+    writing,
+)
+from megatron_lite.corpus.json_lines import BOM, fast_parser, line_blocks, not_utf8, text_under
+from megatron_lite.corpus.parquet import Rows, read_rows, row_ranges
+from megatron_lite.corpus.warc import Page, page_content, page_runs
 
+__all__ = [
+    "CHUNK_BYTES",
+    "Chunk",
+    "CorpusError",
+    "Problem",
+    "Record",
+    "RecordWriter",
+    "expand_inputs",
+    "parse_chunk",
+    "parse_records",
+    "read_chunks",
+    "read_records",
+]
 
-class CorpusError(ValueError):
-    """Input that cannot be used; the message names file, line and reason."""
+CHUNK_BYTES = 8 << 20
+_CUT_SHORT = " (the last line, without a line end: is the file cut short?)"
 
 
 class Problem(NamedTuple):
-    """A line that holds no usable document."""
+    """A line (or row, or record) that holds no usable document."""
 
     path: str
     line: int
@@ -32,94 +59,189 @@ class Problem(NamedTuple):
         return f"{self.path}:{self.line}: {self.reason}"
 
 
-class Chunk(NamedTuple):
-    """Raw lines of one file, the first of them number `first_line` (from 1); or a whole file of plain
-    text."""
+class Record(NamedTuple):
+    """One document with everything its file says about it.
+
+    line: number of the line, row or record, from 1
+    content: the JSON object; the Parquet row; {text_key} of plain text; {text_key, "url", "date"} of WARC and WET
+    """
 
     path: str
-    first_line: int
-    lines: list[bytes]
-    plain: bool
+    line: int
+    content: dict[str, Any]
+
+
+class Chunk(NamedTuple):
+    """A part of one file, picklable, and cheap to make.
+
+    first: number of its first line, row or record, from 1
+    data: "jsonl": whole lines; "text": the file; "parquet": which rows, read by whoever parses the chunk; "warc": pages
+    """
+
+    path: str
+    first: int
+    data: bytes | Rows | list[Page]
+    format: Format
+
+    @property
+    def size(self) -> int:
+        """Bytes of input, decompressed."""
+        if isinstance(self.data, Rows):
+            return self.data.size
+        if isinstance(self.data, bytes):
+            return len(self.data)
+        return sum(len(page.payload) for page in self.data)
 
 
 def read_chunks(paths: Sequence[str | Path], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The files in order, in chunks of whole lines of at least `chunk_bytes` (the last of a file is smaller).
+    """The files (folders and globs too, see `expand_inputs`) in order, in chunks of about `chunk_bytes`.
 
-    Where a chunk ends depends on the files alone. Raises CorpusError for a file that cannot be read.
+    Where a chunk ends depends on the files and `chunk_bytes` alone. Memory holds one chunk: more only for a longer line
+    or a larger plain text. Raises CorpusError for a file that cannot be read or is cut short.
     """
-    for path in map(str, paths):
-        try:
-            with _open(path) as file:
-                if _is_plain(path):
-                    yield Chunk(path, 1, [file.read()], True)
-                else:
-                    yield from _line_chunks(path, file, chunk_bytes)
-        except (OSError, EOFError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CorpusError(f"{path}: cannot be read: {reason}") from None
-
-
-def parse_line(line: bytes, keys: Iterable[str]) -> list[str]:
-    """The texts under `keys` of one JSON object. Raises ValueError with the reason where there are none."""
-    try:
-        content = json.loads(_decode(line))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"a JSON {type(content).__name__}, not an object")
-    texts = []
-    for key in keys:
-        if key not in content:
-            raise ValueError(f'no key "{key}"')
-        text = content[key]
-        if not isinstance(text, str):
-            raise ValueError(
-                f'"{key}" is {"null" if text is None else f"a {type(text).__name__}"}, not a text'
-            )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f'"{key}" holds half a surrogate pair at character {error.start + 1}') from None
-        texts.append(text)
-    return texts
+    files = expand_inputs(paths)
+    for path, kind in [(path, format_of(path)) for path in files]:
+        parts: Iterator[tuple[int, bytes | Rows | list[Page]]]
+        if kind == "parquet":
+            parts = row_ranges(path, chunk_bytes)
+            yield from (Chunk(path, first, rows, kind) for first, rows in parts)
+            continue
+        with reading(path), open_input(path) as file:
+            if kind == "text":
+                parts = iter([(1, file.read())])
+            elif kind == "warc":
+                parts = page_runs(path, file, chunk_bytes)
+            else:
+                parts = line_blocks(file, chunk_bytes)
+            yield from (Chunk(path, first, data, kind) for first, data in parts)
 
 
 def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> tuple[list[list[str]], list[Problem]]:
-    """(texts of each good line, the bad ones); blank lines are neither."""
+    """(the texts under `keys` of each good document, the bad ones); blank lines are neither.
+
+    Plain text and web pages have their text under the first key, whatever its name. Raises CorpusError for a damaged
+    Parquet file or a library that is not installed.
+    """
     documents: list[list[str]] = []
     problems = []
-    for number, line in enumerate(chunk.lines, chunk.first_line):
+    for line, content in _contents(chunk, keys[0], keys):
         try:
-            if chunk.plain:
-                documents.append([_decode(line)] * len(keys))
-            elif line.strip():
-                documents.append(parse_line(line, keys))
+            if isinstance(content, ValueError):
+                raise content
+            documents.append([text_under(content, key) for key in keys])
         except ValueError as error:
-            problems.append(Problem(chunk.path, number, str(error)))
+            problems.append(Problem(chunk.path, line, str(error)))
     return documents, problems
 
 
-def _decode(data: bytes) -> str:
+def parse_records(chunk: Chunk, text_key: str = "text") -> Iterator[Record | Problem]:
+    """The records of a chunk; a Problem for one without a text under `text_key`. Numbers are exact."""
+    for line, content in _contents(chunk, text_key, None):
+        try:
+            if isinstance(content, ValueError):
+                raise content
+            text_under(content, text_key)
+            yield Record(chunk.path, line, content)
+        except ValueError as error:
+            yield Problem(chunk.path, line, str(error))
+
+
+def read_records(paths: Sequence[str | Path], text_key: str = "text") -> Iterator[Record | Problem]:
+    """Every record of the files (folders and globs too), in order and streamed.
+
+    Raises CorpusError for a file that cannot be read."""
+    for chunk in read_chunks(paths):
+        yield from parse_records(chunk, text_key)
+
+
+def _contents(
+    chunk: Chunk, text_key: str, columns: Sequence[str] | None
+) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """(line, object in it, or why there is none). columns: all that is wanted (Parquet); None: everything, exactly."""
+    data = chunk.data
+    if isinstance(data, Rows):
+        yield from enumerate(read_rows(chunk.path, data, columns), chunk.first)
+    elif isinstance(data, list):
+        for page in data:
+            try:
+                yield page.number, page_content(page, text_key)
+            except CorpusError:
+                raise
+            except ValueError as error:
+                yield page.number, error
+    elif chunk.format == "text":
+        try:
+            yield 1, {text_key: _plain_text(data)}
+        except ValueError as error:
+            yield 1, error
+    else:
+        yield from _line_contents(data, chunk.first, exact=columns is None)
+
+
+def _line_contents(data: bytes, first: int, exact: bool) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    parse = fast_parser(exact)
+    lines = data.split(b"\n")
+    unfinished = first + len(lines) - 1  # the number of a last line without its end
+    for number, line in enumerate(lines, first):
+        if not line or line.isspace():
+            continue
+        try:
+            yield number, parse(line)
+        except ValueError as error:
+            if line.removeprefix(BOM).strip():
+                yield number, ValueError(f"{error}{_CUT_SHORT}") if number == unfinished else error
+
+
+def _plain_text(data: bytes) -> str:
+    """UTF-8, without a byte order mark. A NUL is no text: UTF-16 without a mark looks so, and binary files."""
     try:
-        return data.removeprefix(_BOM).decode("utf-8")
+        text = data.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
+        raise ValueError(not_utf8(data, error)) from None
+    if "\0" in text:
+        raise ValueError(f"a NUL at byte {data.index(0) + 1}: not UTF-8 text (UTF-16, or a binary file?)")
+    return text
 
 
-def _is_plain(path: str) -> bool:
-    return Path(path.removesuffix(".gz")).suffix == ".txt"
+class RecordWriter:
+    """JSON lines, one object each, compressed by the ending of `path` (.gz, .zst).
+
+    The file is written beside its place and renamed when the `with` block ends; after an exception nothing is left, and
+    what was there before is untouched. The same objects give the same bytes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._stack = ExitStack()
+        self._file: BinaryIO
+
+    def __enter__(self) -> RecordWriter:
+        self._file = self._stack.enter_context(writing(self.path))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Raises CorpusError for a value that JSON cannot hold (bytes out of a Parquet column)."""
+        line = _RAW.encode(content)
+        try:
+            data = line.encode("utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair in a field that passes through: as it was, escaped
+            data = _ESCAPED.encode(content).encode("ascii")
+        self._file.write(data + b"\n")
 
 
-def _open(path: str) -> BinaryIO | gzip.GzipFile:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    return open(path, "rb")
+def _plain_value(value: Any) -> Any:
+    """What Parquet has and JSON has not: times as ISO 8601, decimals as text."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise CorpusError(f"a {type(value).__name__} cannot be written as JSON; leave that column out")
 
 
-def _line_chunks(path: str, file: BinaryIO | gzip.GzipFile, chunk_bytes: int) -> Iterator[Chunk]:
-    first = 1
-    while lines := file.readlines(chunk_bytes):
-        yield Chunk(path, first, lines, False)
-        first += len(lines)
+_RAW = json.JSONEncoder(ensure_ascii=False, default=_plain_value)
+_ESCAPED = json.JSONEncoder(default=_plain_value)

@@ -1,0 +1,117 @@
+"""JSON lines: blocks of whole lines out of a file, and one line to the object in it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from megatron_lite.corpus.files import require
+
+BOM = b"\xef\xbb\xbf"
+_DEEPER = 2000  # levels of nesting more, so that the judge reads all that orjson does (1024)
+_ORJSON_INTEGERS = 2.0**64  # whole numbers from here on come out of orjson as floats
+
+
+def line_blocks(file: BinaryIO, block_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(number of the first line, whole lines), each of about `block_bytes`; a longer line is a block of its own.
+
+    Only a block without a final "\\n" can be the last one.
+    """
+    first = 1
+    rest: list[bytes] = []  # of a line that has not ended; joined once, however long it gets
+    while block := file.read(block_bytes):
+        end = block.rfind(b"\n") + 1
+        if end == 0:
+            rest.append(block)
+            continue
+        data = b"".join([*rest, memoryview(block)[:end]])
+        rest = [block[end:]] if end < len(block) else []
+        yield first, data
+        first += data.count(b"\n")
+    if rest:
+        yield first, b"".join(rest)
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line, the standard library being the judge of what JSON is.
+
+    A byte order mark at the start is passed over. NUL and other control characters are not JSON unless escaped; a
+    carriage return at the end is blank. Whole numbers are exact.
+
+    Raises ValueError with the reason where there is none.
+    """
+    try:
+        content = _loads(line.removeprefix(BOM).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(not_utf8(line, error)) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + _DEEPER)
+        try:
+            return json.loads(text)
+        finally:
+            sys.setrecursionlimit(limit)
+
+
+def fast_parser(exact: bool) -> Callable[[bytes], dict[str, Any]]:
+    """`parse_line`, several times as fast where orjson is installed: what orjson refuses is judged by `parse_line`, so
+    that results and reasons are the same without it.
+
+    exact: whole numbers of more than 64 bits, which orjson rounds, are wanted exactly
+    """
+    try:
+        orjson_loads = require("orjson", "").loads
+    except ValueError:
+        return parse_line
+
+    def parse(line: bytes) -> dict[str, Any]:
+        try:
+            content = orjson_loads(line)
+        except ValueError:
+            return parse_line(line)
+        if type(content) is not dict or (exact and _has_rounded(content)):
+            return parse_line(line)
+        return content
+
+    return parse
+
+
+def _has_rounded(value: Any) -> bool:
+    if isinstance(value, float):
+        return abs(value) >= _ORJSON_INTEGERS
+    if isinstance(value, dict):
+        return any(map(_has_rounded, value.values()))
+    return isinstance(value, list) and any(map(_has_rounded, value))
+
+
+def text_under(content: dict[str, Any], key: str) -> str:
+    """The text under `key`. Raises ValueError where there is none, or one that is not Unicode."""
+    if key not in content:
+        raise ValueError(f'no key "{key}"')
+    text = content[key]
+    if not isinstance(text, str):
+        raise ValueError(f'"{key}" is {"null" if text is None else f"a {type(text).__name__}"}, not a text')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f'"{key}" holds half a surrogate pair at character {error.start + 1}') from None
+    return text
+
+
+def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    """The reason, with the byte counted from 1 in the file's own line, byte order mark included."""
+    return f"not UTF-8 at byte {error.start + 1 + len(BOM) * data.startswith(BOM)}"

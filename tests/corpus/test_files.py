@@ -1,0 +1,142 @@
+import gzip
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.corpus import CorpusError
+from megatron_lite.corpus.files import expand_inputs, format_of, open_input, reading, writing
+
+
+def names(folder: Path, inputs: list[str]) -> list[str]:
+    found = expand_inputs([folder / entry for entry in inputs])
+    assert expand_inputs(found) == found, "expanding again changes nothing"
+    return [Path(path).relative_to(folder).as_posix() for path in found]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in (
+        "b.jsonl",
+        "a.jsonl.gz",
+        "sub/c.TXT",
+        "sub/README.md",
+        "sub/.hidden.txt",
+        ".git/x.txt",
+        "[x].json",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (["b.jsonl", "a.jsonl.gz", "b.jsonl"], ["b.jsonl", "a.jsonl.gz", "b.jsonl"]),
+        (["."], ["[x].json", "a.jsonl.gz", "b.jsonl", "sub/c.TXT"]),
+        (["*.jsonl*"], ["a.jsonl.gz", "b.jsonl"]),
+        (["sub/*"], ["sub/README.md", "sub/c.TXT"]),
+        (["s*"], ["sub/c.TXT"]),
+        (["**"], ["[x].json", "a.jsonl.gz", "b.jsonl", "sub/README.md", "sub/c.TXT"]),
+        (["[x].json", "sub/README.md"], ["[x].json", "sub/README.md"]),
+    ],
+)
+def test_inputs_are_files_folders_and_globs(folder: Path, inputs: list[str], expected: list[str]) -> None:
+    assert names(folder, inputs) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("none.jsonl", "No such file"), ("*.x", "no file"), ("e", "ending")]
+)
+def test_an_input_without_files_is_named(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "e").mkdir()
+    with pytest.raises(CorpusError, match=reason) as caught:
+        expand_inputs([tmp_path / name])
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("x.jsonl", "jsonl"),
+        ("x.json.gz", "jsonl"),
+        ("x.ndjson.zst", "jsonl"),
+        ("x", "jsonl"),
+        ("x.gz", "jsonl"),
+        ("x.TXT.GZ", "text"),
+        ("x.parquet", "parquet"),
+        ("x.warc.gz", "warc"),
+        ("x.warc.wet.gz", "warc"),
+    ],
+)
+def test_the_format_is_known_by_the_ending(name: str, expected: str) -> None:
+    assert format_of(name) == expected
+
+
+def test_packed_parquet_is_refused() -> None:
+    with pytest.raises(CorpusError, match=r"x\.parquet\.gz: .* unpack"):
+        format_of("x.parquet.gz")
+
+
+def packed(path: Path, parts: list[bytes]) -> Path:
+    """A file of several gzip members or zstd frames."""
+    if path.suffix == ".gz":
+        path.write_bytes(b"".join(map(gzip.compress, parts)))
+    else:
+        zstandard = pytest.importorskip("zstandard")
+        path.write_bytes(b"".join(map(zstandard.compress, parts)))
+    return path
+
+
+PARTS = [b"one\n" * 50_000, b"", b"two", bytes(range(256)) * 300]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_all_members_of_a_file_are_read(tmp_path: Path, ending: str) -> None:
+    with open_input(str(packed(tmp_path / f"x{ending}", PARTS))) as file:
+        assert file.read(5) == b"one\no"
+        assert b"one\no" + file.read() == b"".join(PARTS)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("cut", [1, 5, 30, -1])
+def test_a_file_cut_short_or_damaged_is_named(tmp_path: Path, ending: str, cut: int) -> None:
+    path = packed(tmp_path / f"x{ending}", PARTS)
+    path.write_bytes(path.read_bytes()[:-cut] if cut > 0 else b"")
+    with pytest.raises(CorpusError, match=rf"x{ending}: cannot be read"), reading(str(path)):
+        open_input(str(path)).read()
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_damage_inside_is_named(tmp_path: Path, ending: str) -> None:
+    path = packed(tmp_path / f"x{ending}", [bytes(range(256)) * 300])
+    data = bytearray(path.read_bytes())
+    data[4 if ending == ".zst" else len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(CorpusError, match=rf"x{ending}: cannot be read"), reading(str(path)):
+        open_input(str(path)).read()
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.zst").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(CorpusError, match=r"zstandard: pip install 'megatron_lite\[data\]'"):
+        open_input(str(tmp_path / "x.zst"))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_writing_is_whole_or_not_at_all(tmp_path: Path, ending: str) -> None:
+    if ending == ".zst":
+        pytest.importorskip("zstandard")
+    path = tmp_path / "o" / f"x.jsonl{ending}"
+    for _ in range(2):
+        with writing(path) as file:
+            file.write(b"good")
+    first = path.read_bytes()
+    with pytest.raises(KeyError), writing(path) as file:
+        file.write(b"bad")
+        raise KeyError
+    assert path.read_bytes() == first and [entry.name for entry in path.parent.iterdir()] == [path.name]
+    with open_input(str(path)) as read:
+        assert read.read() == b"good"
