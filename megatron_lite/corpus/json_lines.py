@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from types import NoneType
+from typing import Any, BinaryIO, cast
 
-from megatron_lite.corpus.files import require
+from megatron_lite.corpus.files import CorpusError, require
 
 BOM = b"\xef\xbb\xbf"
 _DEEPER = 2000  # levels of nesting more, so that the judge reads all that orjson does (1024)
@@ -75,7 +78,7 @@ def fast_parser(exact: bool) -> Callable[[bytes], dict[str, Any]]:
     """
     try:
         orjson_loads = require("orjson", "").loads
-    except ValueError:
+    except CorpusError:
         return parse_line
 
     def parse(line: bytes) -> dict[str, Any]:
@@ -96,6 +99,56 @@ def _has_rounded(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_has_rounded, value.values()))
     return isinstance(value, list) and any(map(_has_rounded, value))
+
+
+def fast_dumper() -> Callable[[dict[str, Any]], bytes]:
+    """`dump_line`, an order of magnitude faster where orjson is installed; the bytes are the same."""
+    try:
+        orjson_dumps = require("orjson", "").dumps
+    except CorpusError:
+        return dump_line
+
+    def dump(content: dict[str, Any]) -> bytes:
+        if not _alike(content):
+            return dump_line(content)
+        try:
+            return cast(bytes, orjson_dumps(content)) + b"\n"
+        except TypeError:  # an integer of more than 64 bits, half a surrogate pair
+            return dump_line(content)
+
+    return dump
+
+
+def dump_line(content: dict[str, Any]) -> bytes:
+    """The object as one line of compact JSON in UTF-8. Times are written as ISO 8601, decimals as text.
+
+    Raises CorpusError for a value that JSON cannot hold (bytes out of a Parquet column).
+    """
+    line = _RAW.encode(content)
+    try:
+        return line.encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair in a field that passes through: escaped, as it came
+        return _ESCAPED.encode(content).encode("ascii") + b"\n"
+
+
+def _alike(value: Any) -> bool:
+    """Whether orjson writes the value as the standard library does: some floats it spells another way."""
+    kind = type(value)
+    if kind is dict:
+        return all(type(key) is str for key in value) and all(map(_alike, value.values()))
+    return kind in (str, int, bool, NoneType) or (kind is list and all(map(_alike, value)))
+
+
+def _plain_value(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise CorpusError(f"a {type(value).__name__} cannot be written as JSON; leave that column out")
+
+
+_RAW = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_plain_value)
+_ESCAPED = json.JSONEncoder(separators=(",", ":"), default=_plain_value)
 
 
 def text_under(content: dict[str, Any], key: str) -> str:

@@ -7,9 +7,7 @@ any other character.
 
 from __future__ import annotations
 
-import datetime
-import decimal
-import json
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -26,7 +24,7 @@ from megatron_lite.corpus.files import (
     reading,
     writing,
 )
-from megatron_lite.corpus.json_lines import BOM, fast_parser, line_blocks, not_utf8, text_under
+from megatron_lite.corpus.json_lines import BOM, fast_dumper, fast_parser, line_blocks, not_utf8, text_under
 from megatron_lite.corpus.parquet import Rows, read_rows, row_ranges
 from megatron_lite.corpus.warc import Page, page_content, page_runs
 
@@ -42,6 +40,7 @@ __all__ = [
     "parse_records",
     "read_chunks",
     "read_records",
+    "record_line",
 ]
 
 CHUNK_BYTES = 8 << 20
@@ -203,6 +202,14 @@ def _plain_text(data: bytes) -> str:
     return text
 
 
+def record_line(content: dict[str, Any]) -> bytes:
+    """What `RecordWriter` writes for one object, line end included."""
+    return _dumper()(content)
+
+
+_dumper = functools.cache(fast_dumper)
+
+
 class RecordWriter:
     """JSON lines, one object each, compressed by the ending of `path` (.gz, .zst).
 
@@ -226,22 +233,4 @@ class RecordWriter:
 
     def write(self, content: dict[str, Any]) -> None:
         """Raises CorpusError for a value that JSON cannot hold (bytes out of a Parquet column)."""
-        line = _RAW.encode(content)
-        try:
-            data = line.encode("utf-8")
-        except UnicodeEncodeError:  # half a surrogate pair in a field that passes through: as it was, escaped
-            data = _ESCAPED.encode(content).encode("ascii")
-        self._file.write(data + b"\n")
-
-
-def _plain_value(value: Any) -> Any:
-    """What Parquet has and JSON has not: times as ISO 8601, decimals as text."""
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return str(value)
-    raise CorpusError(f"a {type(value).__name__} cannot be written as JSON; leave that column out")
-
-
-_RAW = json.JSONEncoder(ensure_ascii=False, default=_plain_value)
-_ESCAPED = json.JSONEncoder(default=_plain_value)
+        self._file.write(record_line(content))

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.corpus.json_lines import fast_parser, line_blocks, parse_line, text_under
+from megatron_lite.corpus.json_lines import (
+    dump_line,
+    fast_dumper,
+    fast_parser,
+    line_blocks,
+    parse_line,
+    text_under,
+)
 
 
 @given(st.lists(st.sampled_from([b"a", b"bb", b"\n", b"\n\n", b"x" * 40])).map(b"".join), st.integers(1, 50))
@@ -97,6 +104,18 @@ def test_orjson_changes_neither_results_nor_reasons(line: bytes) -> None:
     assert outcome(fast_parser(exact=True), line) == outcome(parse_line, line)
 
 
+TEXTS = st.text() | st.text(st.characters(categories=["Cs", "Cc", "L"]))
+CONTENTS = st.dictionaries(TEXTS, st.recursive(VALUES | TEXTS, lambda inner: st.lists(inner), max_leaves=3))
+
+
+@given(CONTENTS)
+def test_orjson_does_not_change_what_is_written(content: dict[str, Any]) -> None:
+    pytest.importorskip("orjson")
+    line = fast_dumper()(content)
+    assert dump_line(content) == line
+    assert repr(parse_line(line)) == repr(content) and line.count(b"\n") == 1 and line.endswith(b"\n")
+
+
 def test_without_orjson_the_standard_library_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "orjson", None)
-    assert fast_parser(exact=False) is parse_line
+    assert fast_parser(exact=False) is parse_line and fast_dumper() is dump_line
