@@ -68,28 +68,37 @@ void gelu_backward_row(int64_t cols, const T* dy, const T* x, const T* bias, T* 
   });
 }
 
-template <typename T>
+// kStreams: the results are streamed.
+template <bool kStreams, typename T>
+MLITE_INLINE inline void put(T* p, Floats x, int count) {
+  if (kStreams) stream(p, x);
+  else store(p, x, count);
+}
+
+template <bool kStreams, typename T>
 void swiglu_row(int64_t cols, const T* x, const T* bias, T* y) {
   const T *const up_in = x + cols, *const up_bias = bias ? bias + cols : nullptr;
   for_vectors(cols, [&](int64_t i, int count, int) MLITE_INLINE {
     const Floats gate = biased(x, bias, i, count), up = biased(up_in, up_bias, i, count);
-    store(y + i, gate * sigmoid(gate) * up, count);
+    put<kStreams>(y + i, gate * sigmoid(gate) * up, count);
   });
+  if (kStreams) finish_streams();
 }
 
-template <typename T>
+template <bool kStreams, typename T>
 void swiglu_backward_row(int64_t cols, const T* dy, const T* x, const T* bias, T* dx, float* partial) {
   const T *const up_in = x + cols, *const up_bias = bias ? bias + cols : nullptr;
   for_vectors(cols, [&](int64_t i, int count, int) MLITE_INLINE {
     const Floats gate = biased(x, bias, i, count), up = biased(up_in, up_bias, i, count), d = load(dy + i, count);
     const Floats s = sigmoid(gate), silu = gate * s;
     const Floats d_gate = d * up * (s + silu * (1.0f - s)), d_up = d * silu;
-    store(dx + i, d_gate, count);
-    store(dx + cols + i, d_up, count);
+    put<kStreams>(dx + i, d_gate, count);
+    put<kStreams>(dx + cols + i, d_up, count);
     if (!partial) return;
     add_to(partial + i, d_gate, count);
     add_to(partial + cols + i, d_up, count);
   });
+  if (kStreams) finish_streams();
 }
 
 // run(row, partial): over blocks of rows where the bias' gradient is wanted, else over rows with a null pointer.
@@ -132,9 +141,9 @@ int MLITE_CPU(bias_gelu_backward)(int dtype, bool tanh, int64_t rows, int64_t co
 int MLITE_CPU(swiglu_forward)(int dtype, int64_t rows, int64_t cols, const void* x, const void* bias, void* y) {
   return dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = streams(static_cast<T*>(y), rows, cols) ? swiglu_row<true, T> : swiglu_row<false, T>;
     for_rows(rows, 2 * cols, [&](int64_t row) {
-      swiglu_row(cols, static_cast<const T*>(x) + 2 * row * cols, static_cast<const T*>(bias),
-                 static_cast<T*>(y) + row * cols);
+      run(cols, static_cast<const T*>(x) + 2 * row * cols, static_cast<const T*>(bias), static_cast<T*>(y) + row * cols);
     });
   });
 }
@@ -143,8 +152,10 @@ int MLITE_CPU(swiglu_backward)(int dtype, int64_t rows, int64_t cols, const void
                                void* dx, float* dbias, float* workspace, int64_t workspace_rows) {
   return dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = streams(static_cast<T*>(dx), rows, cols) ? swiglu_backward_row<true, T>
+                                                              : swiglu_backward_row<false, T>;
     backward(rows, 2 * cols, dbias, workspace, workspace_rows, [&](int64_t row, float* partial) {
-      swiglu_backward_row(cols, static_cast<const T*>(dy) + row * cols, static_cast<const T*>(x) + 2 * row * cols,
+      run(cols, static_cast<const T*>(dy) + row * cols, static_cast<const T*>(x) + 2 * row * cols,
                           static_cast<const T*>(bias), static_cast<T*>(dx) + 2 * row * cols, partial);
     });
   });

@@ -129,6 +129,33 @@ MLITE_INLINE inline void store(bf16* p, Floats x, int count) {
   store_raw(reinterpret_cast<uint16_t*>(p), rounded(x), count);
 }
 
+// Past the caches, which then need not read what is overwritten whole; for results larger than they are.
+template <typename T>
+MLITE_INLINE inline void stream(T* p, Floats x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(p, bit_cast<__m512>(x));
+  else return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(rounded(x)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return _mm256_stream_ps(p, bit_cast<__m256>(x));
+  else return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(rounded(x)));
+#else
+  store(p, x, kLanes);
+#endif
+}
+// Whether rows of `cols` elements may be streamed to p, and it pays.
+template <typename T>
+inline bool streams(const T* p, int64_t rows, int64_t cols) {
+  constexpr int64_t kVector = sizeof(T) * kLanes, kCaches = int64_t{16} << 20;
+  return reinterpret_cast<uintptr_t>(p) % kVector == 0 && cols % kLanes == 0 &&
+         rows * cols * static_cast<int64_t>(sizeof(T)) > kCaches;
+}
+// Streamed stores are ordered by this alone, not by the barrier at the end of a loop.
+MLITE_INLINE inline void finish_streams() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
+
 MLITE_INLINE inline float to_float(float x) { return x; }
 MLITE_INLINE inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 

@@ -141,6 +141,22 @@ def test_activation(
     checks.check_activation(library, kind, rows, cols, dtype, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_larger_than_the_caches(library: CpuLibrary, dtype: torch.dtype) -> None:
+    """It is written past them; in parts that are not, the same bits."""
+    rows, cols, parts = 8448, 1024, 5
+    x = torch.rand(rows, 2 * cols, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, dx = torch.full_like(x[:, :cols], math.nan).contiguous(), torch.full_like(x, math.nan)
+        library.call("swiglu_forward", dtype, len(x), cols, x, None, y)
+        library.call("swiglu_backward", dtype, len(x), cols, y, x, None, dx, None, None, 0)
+        return y, dx
+
+    pieces = [run(part.clone()) for part in x.chunk(parts)]
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(run(x), zip(*pieces, strict=True), strict=True))
+
+
 @few
 @given(
     library=LIBRARY,
