@@ -4,8 +4,10 @@ from megatron_lite.data.blend import BlendedDataset
 from megatron_lite.data.build import build_dataset, build_datasets
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import GPTDataset, SampleDataset
-from megatron_lite.data.indexed import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megatron_lite.data.indexed import IndexedDataset, token_dtype
 from megatron_lite.data.loader import Batch, DataLoader, make_loader
+from megatron_lite.data.sidecar import Sidecar, check_sidecars, read_sidecar, write_sidecar
+from megatron_lite.data.writer import IndexedDatasetWriter, WriterState
 
 __all__ = [
     "Batch",
@@ -16,8 +18,13 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetWriter",
     "SampleDataset",
+    "Sidecar",
+    "WriterState",
     "build_dataset",
     "build_datasets",
+    "check_sidecars",
     "make_loader",
+    "read_sidecar",
     "token_dtype",
+    "write_sidecar",
 ]

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import os
 import struct
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +24,7 @@ VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 # Code 6 and 7 are float64 and float32 (in GPT-NeoX the other way round): never token ids.
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 _CHUNK = 1 << 20  # sequences or bounds verified at once: bounds the memory of opening a large index
 _AGAIN = "run tools/preprocess_data.py again, or copy both files again from where they are whole"
 
@@ -57,7 +55,7 @@ class IndexedDataset:
         index_path = Path(self.prefix + ".idx")
         index = _map(index_path)
         header = _read_header(index_path, index)
-        self.dtype = np.dtype(_DTYPES[header.dtype_code])
+        self.dtype = header.dtype
         starts = np.cumsum([_HEADER.size, 4 * header.sequences, 8 * header.sequences, 8 * header.bounds])
         self.lengths: NDArray[np.int32] = index[starts[0] : starts[1]].view("<i4")
         self._offsets: NDArray[np.int64] = index[starts[1] : starts[2]].view("<i8")
@@ -103,127 +101,22 @@ class IndexedDataset:
         return len(self.document_bounds) - 1
 
 
-class IndexedDatasetWriter:
-    """Write PREFIX.bin and PREFIX.idx; memory holds lengths and bounds (12 bytes a document), never the
-    tokens.
+class Header(NamedTuple):
+    """What PREFIX.idx begins with: the type of the ids, and how long its arrays are."""
 
-    Both files are written beside their place and renamed by `close`; leaving a `with` block by an exception,
-    or `discard`, leaves nothing behind and what was there before untouched.
-
-    Raises DatasetError for an id that `dtype` cannot hold, OSError where the disk refuses.
-    """
-
-    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | str | type) -> None:
-        self.prefix = os.fspath(prefix)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in _CODES:
-            raise DatasetError(f"token ids cannot be written as {self.dtype}; take uint16 or int32")
-        self._lengths = array("i")
-        self._bounds = array("q", [0])
-        suffix = f".tmp-{os.getpid()}"
-        self._temporary = {end: Path(self.prefix + end + suffix) for end in (".bin", ".idx")}
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary[".bin"], "wb")  # noqa: SIM115 - closed by close and discard
-
-    def add_document(self, tokens: Sequence[int] | NDArray[Any]) -> None:
-        """One document of one sequence; without tokens, a document without a sequence (as Megatron-core
-        writes)."""
-        if len(tokens):
-            self.add_sequence(tokens)
-        self.end_document()
-
-    def add_documents(self, tokens: NDArray[Any], lengths: Sequence[int] | NDArray[Any]) -> None:
-        """Many documents at once: their ids back to back, and how many each has."""
-        if sum(map(int, lengths)) != len(tokens):
-            raise ValueError("the lengths do not add up to the tokens")
-        self._file.write(self._cast(tokens).tobytes())
-        for length in map(int, lengths):
-            if length:
-                self._add_length(length)
-            self.end_document()
-
-    def add_sequence(self, tokens: Sequence[int] | NDArray[Any]) -> None:
-        """One sequence of the document that the next `end_document` ends."""
-        self._file.write(self._cast(tokens).tobytes())
-        self._add_length(len(tokens))
-
-    def end_document(self) -> None:
-        self._bounds.append(len(self._lengths))
-
-    def _add_length(self, length: int) -> None:
-        try:
-            self._lengths.append(length)
-        except OverflowError:
-            raise DatasetError(
-                f"a sequence of {length:,} tokens: the format holds 2^31 - 1; divide it"
-            ) from None
-
-    def _cast(self, tokens: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
-        values = np.asarray(tokens)
-        if values.dtype == self.dtype or values.size == 0:
-            return values.astype(self.dtype)
-        limits = np.iinfo(self.dtype)
-        if values.dtype.kind not in "iu" or values.min() < limits.min or values.max() > limits.max:
-            raise DatasetError(
-                f"{self.prefix}: ids from {values.min()} to {values.max()} do not fit {self.dtype}; "
-                "is the vocabulary size that of the tokenizer?"
-            )
-        return values.astype(self.dtype)
-
-    def close(self) -> None:
-        """Write the index and put both files in place."""
-        if self._file.closed:
-            return
-        try:
-            _sync_and_close(self._file)
-            with open(self._temporary[".idx"], "wb") as file:
-                self._write_index(file)
-                _sync_and_close(file)
-            # No moment with a new .bin beside an old .idx: a crash here leaves no .idx, which opening
-            # reports.
-            Path(self.prefix + ".idx").unlink(missing_ok=True)
-            for end, path in self._temporary.items():
-                os.replace(path, self.prefix + end)
-        except BaseException:
-            self.discard()
-            raise
-
-    def _write_index(self, file: Any) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.zeros(0, np.int32)
-        file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(self._bounds)))
-        file.write(lengths.astype("<i4").tobytes())
-        for first, offsets in _running_offsets(lengths, self.dtype.itemsize):
-            file.write(offsets[: len(lengths) - first].astype("<i8").tobytes())
-        file.write(np.frombuffer(self._bounds, dtype=np.int64).astype("<i8").tobytes())
-
-    def discard(self) -> None:
-        """Give up: remove what was written so far."""
-        self._file.close()
-        for path in self._temporary.values():
-            path.unlink(missing_ok=True)
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
-
-
-class _Header(NamedTuple):
-    dtype_code: int
+    dtype: np.dtype[Any]
     sequences: int
     bounds: int
 
 
-def _sync_and_close(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def read_header(path: Path) -> Header:
+    """The header of an index, its arrays unread. Raises DatasetError where the file is none, or not that long."""
+    return _read_header(path, _map(path))
+
+
+def index_header(dtype: np.dtype[Any], sequences: int, bounds: int) -> bytes:
+    """What `read_header` reads."""
+    return _HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, bounds)
 
 
 def _map(path: Path) -> NDArray[np.uint8]:
@@ -238,7 +131,7 @@ def _map(path: Path) -> NDArray[np.uint8]:
         raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _read_header(path: Path, index: NDArray[np.uint8]) -> _Header:
+def _read_header(path: Path, index: NDArray[np.uint8]) -> Header:
     if index.size < _HEADER.size or bytes(index[: len(MAGIC)]) != MAGIC:
         raise DatasetError(f"{path}: not an index of Megatron's format (MMIDIDX); {_AGAIN}")
     _, version, code, sequences, bounds = _HEADER.unpack(index[: _HEADER.size].tobytes())
@@ -252,7 +145,7 @@ def _read_header(path: Path, index: NDArray[np.uint8]) -> _Header:
         if index.size == expected + sequences:
             hint = " (one byte a sequence more: a multimodal file, which text training cannot use)"
         raise DatasetError(f"{path}: {index.size:,} bytes, its header describes {expected:,}{hint}; {_AGAIN}")
-    return _Header(code, sequences, bounds)
+    return Header(np.dtype(_DTYPES[code]), sequences, bounds)
 
 
 def _running_offsets(lengths: NDArray[np.int32], itemsize: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_lite.data import DatasetError, IndexedDataset, IndexedDatasetWriter, token_dtype
 from megatron_lite.data import indexed as indexed_module
+from megatron_lite.data import writer as writer_module
 
 
 def test_the_files_have_the_bytes_of_the_format(tmp_path: Path) -> None:
@@ -65,6 +66,8 @@ def test_offsets_are_right_across_the_borders_of_chunks(
     lengths = [3, 1, 4, 1, 5, 9, 2, 6]
     for chunk in (1, 2, 3, 4, 8, 100):
         monkeypatch.setattr(indexed_module, "_CHUNK", chunk)
+        monkeypatch.setattr(writer_module, "_BLOCK", chunk)
+        monkeypatch.setattr(writer_module, "_BUFFERED", chunk)
         with IndexedDatasetWriter(tmp_path / f"x{chunk}", np.int32) as writer:
             for length in lengths:
                 writer.add_document(np.arange(length))
