@@ -21,8 +21,24 @@ def clean_text(text: str, min_characters: int = 1) -> str | None:
     Indentation stays, so that code and lists keep their shape. None where fewer than `min_characters` are
     left.
     """
-    text = unicodedata.normalize("NFC", text)
-    text = _CONTROL.sub("", _LINE_ENDS.sub("\n", text))
-    text = _INNER_SPACE.sub(" ", _TRAILING_SPACE.sub("", text))
-    text = _BLANK_LINES.sub("\n\n", text).strip("\n")
+    text = tidy_whitespace(remove_controls(unicodedata.normalize("NFC", text)))
     return text if len(text.strip()) >= max(min_characters, 1) else None
+
+
+def remove_controls(text: str) -> str:
+    """`text` with line feeds as its only line ends, and without characters that carry no text."""
+    return _CONTROL.sub("", _LINE_ENDS.sub("\n", text))
+
+
+def tidy_whitespace(
+    text: str, *, line_ends: bool = True, inner_runs: bool = True, blank_lines: bool = True
+) -> str:
+    """`text` without spaces at line ends, runs of spaces inside lines, and more than one blank line in a row or
+    any at its ends; indentation stays."""
+    if line_ends:
+        text = _TRAILING_SPACE.sub("", text)
+    if inner_runs:
+        text = _INNER_SPACE.sub(" ", text)
+    if blank_lines:
+        text = _BLANK_LINES.sub("\n\n", text).strip("\n")
+    return text

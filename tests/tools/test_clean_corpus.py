@@ -1,0 +1,63 @@
+"""tools/clean_corpus.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.corpus.cleaning import CleaningSettings
+from tools.clean_corpus import main
+
+GOOD = "The first of these sentences has to be long enough to count. And that is what they have with them. "
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "x.jsonl"
+    texts = [
+        GOOD
+        + "It was followed by others, which said the same thing in other words, until somebody wrote them all "
+        "down in a book. Nobody read the book for many years, because it stood on a shelf in the house of a man who "
+        "never opened the door to anyone; then, one winter, his nephew found it there.",
+        GOOD,
+    ]
+    path.write_text("".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts))
+    return path
+
+
+def test_the_defaults(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("py3langid")
+    out = corpus.with_name("new") / "out.jsonl"
+    assert main(["--input", str(corpus), "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "documents read 2 = kept 1 + dropped 1 + rejected 0" in printed
+    assert f"dropped by gopher_quality.min_words: 1 documents, {len(GOOD)} bytes" in printed
+    (record,) = map(json.loads, out.read_text().splitlines())
+    assert record == json.loads(corpus.read_text().splitlines()[0])
+    report = json.loads(Path(f"{out}.report.json").read_text())
+    assert report["documents"]["kept"] == 1 and report["settings"]["c4"]["min_sentences"] == 3
+
+
+def test_settings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--print-settings"]) == 0
+    assert json.loads(capsys.readouterr().out) == CleaningSettings().model_dump(mode="json")
+
+
+def test_exit_statuses(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, out = corpus.with_name("s.json"), corpus.with_name("out.jsonl")
+    settings.write_text(json.dumps({"langauge": {}}))
+    arguments = ["--input", str(corpus), "--output", str(out), "--settings", str(settings)]
+    assert main(arguments) == 2
+    assert "error: " in (error := capsys.readouterr().err) and "did you mean language?" in error
+    settings.write_text(json.dumps({"language": {"enabled": False}}))
+    with open(corpus, "a") as file:
+        file.write("{\n")
+    assert main(arguments) == 2
+    assert f"{corpus}:3: not JSON" in capsys.readouterr().err and not out.exists()
+    assert main([*arguments, "--on-error", "skip"]) == 3
+    assert "rejected 1" in capsys.readouterr().out and out.exists()
+    assert main([*arguments[:1], "absent", *arguments[2:]]) == 2
+    for wrong in (["--input", str(corpus)], [*arguments, "--workers", "0"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
