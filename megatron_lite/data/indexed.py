@@ -53,7 +53,7 @@ class IndexedDataset:
         self.prefix = os.fspath(prefix)
         self.path = Path(self.prefix + ".bin")
         index_path = Path(self.prefix + ".idx")
-        index = _map(index_path)
+        index = map_file(index_path)
         header = _read_header(index_path, index)
         self.dtype = header.dtype
         starts = np.cumsum([_HEADER.size, 4 * header.sequences, 8 * header.sequences, 8 * header.bounds])
@@ -66,7 +66,7 @@ class IndexedDataset:
         self.tokens: NDArray[Any] = self._map_tokens()
 
     def _map_tokens(self) -> NDArray[Any]:
-        data = _map(self.path)
+        data = map_file(self.path)
         expected = self.num_tokens * self.dtype.itemsize
         if data.size != expected:
             message = f"{self.path}: {data.size:,} bytes, but {self.prefix}.idx describes {expected:,}"
@@ -111,7 +111,7 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """The header of an index, its arrays unread. Raises DatasetError where the file is none, or not that long."""
-    return _read_header(path, _map(path))
+    return _read_header(path, map_file(path))
 
 
 def index_header(dtype: np.dtype[Any], sequences: int, bounds: int) -> bytes:
@@ -119,7 +119,7 @@ def index_header(dtype: np.dtype[Any], sequences: int, bounds: int) -> bytes:
     return _HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, bounds)
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
+def map_file(path: Path) -> NDArray[np.uint8]:
     """The file's bytes, mapped read-only (an empty file cannot be mapped)."""
     try:
         if path.stat().st_size == 0:
@@ -133,12 +133,15 @@ def _map(path: Path) -> NDArray[np.uint8]:
 
 def _read_header(path: Path, index: NDArray[np.uint8]) -> Header:
     if index.size < _HEADER.size or bytes(index[: len(MAGIC)]) != MAGIC:
-        raise DatasetError(f"{path}: not an index of Megatron's format (MMIDIDX); {_AGAIN}")
+        old = index[:6].tobytes() == b"TNTIDX"
+        hint = "it is of an older one (TNTIDX), which tools/merge_datasets.py converts" if old else _AGAIN
+        raise DatasetError(f"{path}: not an index of Megatron's format (MMIDIDX); {hint}")
     _, version, code, sequences, bounds = _HEADER.unpack(index[: _HEADER.size].tobytes())
     if version != VERSION:
         raise DatasetError(f"{path}: version {version} of the format, known is {VERSION}; {_AGAIN}")
     if code not in _DTYPES:
-        raise DatasetError(f"{path}: dtype code {code} is no type of token ids; {_AGAIN}")
+        floats = " (float32 or float64; in GPT-NeoX the other way round)" if code in (6, 7) else ""
+        raise DatasetError(f"{path}: dtype code {code} is no type of token ids{floats}; {_AGAIN}")
     expected = _HEADER.size + 12 * sequences + 8 * bounds
     if index.size != expected:
         hint = ""
@@ -173,11 +176,18 @@ def _check_index(
         chunk = slice(first, first + _CHUNK)
         stored = offsets[chunk]
         if (lengths[chunk] < 0).any() or (stored != expected[: len(stored)]).any():
-            raise DatasetError(f"{path}: lengths and offsets near sequence {first:,} disagree; {_AGAIN}")
+            wrapped = (lengths[chunk] >= 0).all() and (
+                stored == expected[: len(stored)].astype(np.int32)
+            ).all()
+            hint = " (the offsets were counted in 32 bits)" if wrapped else ""
+            raise DatasetError(
+                f"{path}: lengths and offsets near sequence {first:,} disagree{hint}; {_AGAIN}"
+            )
         end = int(expected[-1])
     if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != len(lengths):
         raise DatasetError(
-            f"{path}: the document bounds do not span the {len(lengths):,} sequences; {_AGAIN}"
+            f"{path}: the document bounds do not span the {len(lengths):,} sequences (merges by old versions of "
+            f"Megatron left them out); {_AGAIN}"
         )
     for first in range(0, len(bounds), _CHUNK):
         if (np.diff(bounds[first : first + _CHUNK + 1]) < 0).any():
