@@ -1,3 +1,4 @@
+import importlib.util
 import logging
 import os
 from dataclasses import replace
@@ -84,6 +85,22 @@ def test_counts_and_names(tmp_path: Path) -> None:
     assert [Path(part.prefix).name for part in merged] == ["part_00000", "part_00001", "part_00002"]
     assert [part.documents for part in merged] == [2, 5, 1]
     assert [document for part in merged for document in read(part.prefix)] == A + B + C
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_the_files_are_those_of_megatron(tmp_path: Path, dtype: str) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefixes = [
+        write(tmp_path / name, documents, dtype) for name, documents in (("a", A), ("b", B), ("c", C))
+    ]
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.dtype(dtype).type)
+    for prefix in prefixes:
+        builder.add_index(str(prefix))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    merge_datasets(prefixes, tmp_path / "ours")
+    assert files(tmp_path / "ours") == files(tmp_path / "theirs")
 
 
 def test_inputs_are_taken_in_a_stated_order(tmp_path: Path) -> None:
