@@ -10,7 +10,8 @@ import unicodedata
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\ufeff\ufffd]")
 _LINE_ENDS = re.compile("\r\n?|\u2028|\u2029|\x85")
 _INNER_SPACE = re.compile(r"(?<=\S)[^\S\n]{2,}(?=\S)")
-_TRAILING_SPACE = re.compile(r"[^\S\n]+$", re.MULTILINE)
+# From the start of a run alone, and without going back in it: a line may be a million spaces.
+_TRAILING_SPACE = re.compile(r"(?<![^\S\n])[^\S\n]++$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 

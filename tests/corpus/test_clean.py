@@ -27,3 +27,9 @@ def test_text_is_cleaned(text: str, expected: str | None) -> None:
 def test_short_texts_are_dropped() -> None:
     assert clean_text("  abc  ", 3) == "  abc"
     assert clean_text("  abc  ", 4) is None
+
+
+def test_a_line_of_spaces_is_cleaned_in_one_pass() -> None:
+    """Minutes, were every space of a run tried as its start."""
+    spaces = " " * 500_000
+    assert clean_text(f"a{spaces}b{spaces}\n{spaces}c") == f"a b\n{spaces}c"

@@ -54,7 +54,7 @@ def _judge(settings: BoilerplateSettings) -> Callable[[str, int], str | None]:
     def unwanted(line: str, words: int) -> str | None:
         if settings.single_words and words == 1:
             return "single_words"
-        if settings.counters and words == 2 and _COUNTER.fullmatch(line):
+        if settings.counters and _COUNTER.fullmatch(line):
             return "counters"
         if settings.numbers and not line[-1].isalpha() and _is_number(line):
             return "numbers"

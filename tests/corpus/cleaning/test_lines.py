@@ -113,7 +113,7 @@ def test_bad_words(tmp_path: Path) -> None:
     path.write_text("Plum\n\npear tree\n#x!\nañil\n", encoding="utf-8")
     for bad in ("a PLUM.", "Pear Tree", "so #x! it", "AÑIL"):
         assert dropped(bad, "bad_words", files=[str(path)], whole_words=True) == "files", bad
-    for good in ("plums plumber", "a pear, a tree", "#x", "anil"):
+    for good in ("plums plumber", "a pear, a tree", "pear trees", "xpear tree pear", "#x", "anil"):
         assert dropped(good, "bad_words", files=[str(path)], whole_words=True) is None, good
     assert dropped("plumber", "bad_words", files=[str(path)]) == "files"
     reason = clean("plum", "bad_words", files=[str(path)]).dropped
