@@ -100,6 +100,14 @@ class IndexedDataset:
     def num_documents(self) -> int:
         return len(self.document_bounds) - 1
 
+    def document_lengths(self, start: int, stop: int) -> NDArray[np.int64]:
+        """[stop - start] tokens of each of these documents, whatever sequences they are in."""
+        bounds = self.document_bounds[start : stop + 1]
+        places = np.full(len(bounds), self.num_tokens, dtype=np.int64)  # what begins after the last sequence
+        before_end = bounds < len(self)
+        places[before_end] = self._offsets[bounds[before_end]] // self.dtype.itemsize
+        return np.diff(places)
+
 
 class Header(NamedTuple):
     """What PREFIX.idx begins with: the type of the ids, and how long its arrays are."""
