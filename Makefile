@@ -23,7 +23,7 @@ $(STAMP): $(INPUTS)
 	@rm -f '$(VENV)'/.setup-* && touch '$@'
 
 # The compiled modules lie in the source tree, where a clean can take them from under the stamp.
-MODULES := megatron_lite/data/_index $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),megatron_lite/ops/_kernels)
+MODULES := megatron_lite/data/_index megatron_lite/corpus/_text $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),megatron_lite/ops/_kernels)
 ifneq ($(strip $(foreach module,$(MODULES),$(if $(wildcard $(module)*.so),,missing))),)
 $(STAMP): FORCE
 endif

@@ -36,7 +36,11 @@ class BuildKernels(build_ext):
 
 # The level of optimisation is stated, because the default is whatever Python itself was built with.
 extensions: list[Extension] = [
-    Pybind11Extension("megatron_lite.data._index", ["csrc/index.cpp"], cxx_std=17, extra_compile_args=["-O3"])
+    Pybind11Extension(module, [source], cxx_std=17, extra_compile_args=["-O3"])
+    for module, source in (
+        ("megatron_lite.data._index", "csrc/index.cpp"),
+        ("megatron_lite.corpus._text", "csrc/text.cpp"),
+    )
 ]
 if sys.platform == "linux":
     # Where nobody has tried the kernels, what does not compile is left out: the plain torch operations serve.

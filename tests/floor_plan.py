@@ -35,6 +35,7 @@ DOORS = {
     "flash_attn": ("megatron_lite/ops",),
     "transformer_engine": ("megatron_lite/ops",),
     "apex": ("megatron_lite/ops",),
+    "megatron_lite.corpus._text": ("megatron_lite/corpus",),
     "megatron_lite.data._index": ("megatron_lite/data",),
     "megatron_lite.ops._kernels": ("megatron_lite/ops",),
 }

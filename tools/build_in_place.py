@@ -40,12 +40,17 @@ def main() -> int:
         cuda = build.cuda_units(nvcc) if nvcc else []
         binding = build.binding_unit(headers, version, nvcc is not None)
         flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden")
-        index = build.Unit(f"index-{version}", Path("csrc/index.cpp"), (*build.cxx(), *flags), headers)
-        units = [*cuda, binding, index, *build.cpu_units()]  # those that take longest first
+        alone = {
+            build.Unit(f"{name}-{version}", Path(f"csrc/{name}.cpp"), (*build.cxx(), *flags), headers): module
+            for name, module in (("index", "data/_index"), ("text", "corpus/_text"))
+        }
+        units = [*cuda, binding, *alone, *build.cpu_units()]  # those that take longest first
         objects = build.compile_units(units, build.OBJECTS, jobs=len(os.sched_getaffinity(0)))
-        kernels = [made for unit, made in zip(units, objects, strict=True) if unit is not index]
+        made = dict(zip(units, objects, strict=True))
+        kernels = [made[unit] for unit in units if unit not in alone]
         build.link(kernels, ROOT / f"megatron_lite/ops/_kernels{suffix}", nvcc)
-        build.link([objects[units.index(index)]], ROOT / f"megatron_lite/data/_index{suffix}")
+        for unit, module in alone.items():
+            build.link([made[unit]], ROOT / f"megatron_lite/{module}{suffix}")
     except build.BuildError as error:
         print(f"build: {error}", file=sys.stderr)
         return 1

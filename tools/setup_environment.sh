@@ -82,6 +82,7 @@ from importlib.metadata import version
 
 import torch
 
+import megatron_lite.corpus._text
 import megatron_lite.data._index
 
 devices = f"{torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "no GPU: CPU and gloo"

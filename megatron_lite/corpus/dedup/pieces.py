@@ -1,0 +1,195 @@
+"""A corpus in pieces for many processes: runs of whole lines of JSON lines files, and whole files of other formats.
+
+Where a piece begins depends on the files alone, so that nothing depends on the number of processes. Workers read their
+pieces themselves: only names go to them and only results come back.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_lite.corpus.files import (
+    CorpusError,
+    expand_inputs,
+    format_of,
+    open_input,
+    reading,
+    split_ending,
+)
+from megatron_lite.corpus.json_lines import BOM, fast_parser, line_blocks
+from megatron_lite.corpus.reader import Chunk, Problem, Record, parse_records, read_chunks
+
+PIECE_BYTES = 32 << 20
+_BLOCK_BYTES = 1 << 20
+_PIECES_PER_WORKER = 2  # in flight
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+class Piece(NamedTuple):
+    """All of a file; or of uncompressed JSON lines the lines that begin at bytes `start` up to `stop`."""
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def is_lines(self) -> bool:
+        return format_of(self.path) == "jsonl"
+
+
+class Entry(NamedTuple):
+    """One document of a piece. `at`: number of its line (row, record) in the piece, from 0."""
+
+    at: int
+    text: bytes  # UTF-8
+    line: bytes | None  # of JSON lines, as it stands in the file
+    content: dict[str, Any] | None  # of other formats
+
+
+def cut(inputs: Sequence[str | Path], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """The pieces of all input files in order. Raises CorpusError for what names no file."""
+    pieces = []
+    for path in expand_inputs(inputs):
+        if format_of(path) != "jsonl" or split_ending(path)[1]:
+            pieces.append(Piece(path))
+            continue
+        with reading(path):
+            size = os.path.getsize(path)
+        edges = [*range(0, size, piece_bytes), size]
+        pieces += [Piece(path, *edge) for edge in pairwise(edges)]
+    return pieces
+
+
+def line_groups(piece: Piece) -> Iterator[list[bytes]]:
+    """The lines of a piece of JSON lines, without their ends, some at a time. A line belongs where it begins."""
+    with reading(piece.path), open_input(piece.path) as file:
+        if piece.stop is None:
+            blocks: Iterable[bytes] = (block for _, block in line_blocks(file, _BLOCK_BYTES))
+        else:
+            blocks = _blocks_between(file, piece.start, piece.stop)
+        for block in blocks:
+            lines = block.split(b"\n")
+            if not lines[-1]:
+                lines.pop()
+            yield lines
+
+
+def _blocks_between(file: Any, start: int, stop: int) -> Iterator[bytes]:
+    if start:
+        file.seek(start - 1)
+        start += len(file.readline()) - 1  # the line that began before
+    while start < stop:
+        block = file.read(min(_BLOCK_BYTES, stop - start))
+        if not block:
+            return  # the file was longer when it was cut into pieces
+        if not block.endswith(b"\n"):
+            block += file.readline()
+        start += len(block)
+        yield block
+
+
+def entries(
+    piece: Piece, text_key: str, alive: NDArray[np.bool_] | None = None
+) -> Iterator[Entry | Problem | int]:
+    """The documents and what holds none, in order; last the number of lines (rows, records).
+
+    alive: which lines to read, the others are passed over; None: all. The line of a Problem counts within the piece,
+    from 1.
+    """
+    if not piece.is_lines:
+        count = 0
+        for chunk in read_chunks([piece.path]):
+            for record in parse_records(chunk, text_key):
+                count = record.line
+                if isinstance(record, Problem):
+                    yield record
+                elif alive is None or alive[count - 1]:
+                    yield Entry(count - 1, record.content[text_key].encode(), None, record.content)
+        yield count
+        return
+    parse = fast_parser(exact=False)
+    first = 0
+    for lines in line_groups(piece):
+        for index, line in enumerate(lines, first):
+            if (alive is not None and not alive[index]) or not line:
+                continue
+            try:
+                yield Entry(index, parse(line)[text_key].encode(), line, None)
+            except (ValueError, KeyError, AttributeError):
+                found = judge(piece.path, index, line, text_key)
+                if found is not None:
+                    yield found
+        first += len(lines)
+    yield first
+
+
+def judge(path: str, index: int, line: bytes, text_key: str) -> Entry | Problem | None:
+    """What the reader of all other tools says of a line; None: blank."""
+    for record in parse_records(Chunk(path, index + 1, line + b"\n", "jsonl"), text_key):
+        if isinstance(record, Record):
+            return Entry(index, record.content[text_key].encode(), line.removeprefix(BOM), None)
+        return record
+    return None
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[Executor | None]:
+    """Processes that end with this one, however it ends; None where `workers` is 1."""
+    if workers == 1:
+        yield None
+        return
+    # Spawned, not forked: a fork would copy the threads' locks of whatever library the caller has running.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise CorpusError(
+            "a worker process ended unexpectedly, often for lack of memory: try fewer workers or a lower --memory"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(
+    function: Callable[[Argument], Result],
+    arguments: Iterable[Argument],
+    pool: Executor | None,
+    workers: int,
+) -> Iterator[Result]:
+    """`function` over the arguments, in their order, a bounded number of them at once."""
+    if pool is None:
+        yield from map(function, arguments)
+        return
+    waiting = iter(arguments)
+    flight: deque[Future[Result]] = deque()
+    flight.extend(pool.submit(function, item) for item in islice(waiting, workers * _PIECES_PER_WORKER))
+    while flight:
+        yield flight.popleft().result()
+        flight.extend(pool.submit(function, item) for item in islice(waiting, 1))
+
+
+def _end_with_parent() -> None:
+    """Workers of a killed parent would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
