@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 EOD_TEXT = "<|endoftext|>"
 """How an end-of-document id reads where a tokenizer has no text of its own for it."""
+
+SpecialTokens = Literal["plain", "parse"]
+"""What a special token's name in a text is: letters like any others, or the token."""
 
 
 class TokenizerError(ValueError):
@@ -19,8 +22,9 @@ class Tokenizer(Protocol):
     """Text to ids and back.
 
     Text is only ever text: one that contains "<|endoftext|>" or another special token's name is encoded by
-    its letters. Nothing is added at either end. `decode` shows special ids by their names, and bytes that are
-    not UTF-8 as U+FFFD; it raises TokenizerError for an id outside the vocabulary.
+    its letters, unless the tokenizer was loaded to parse them. Nothing is added at either end. `decode` shows
+    special ids by their names, and bytes that are not UTF-8 as U+FFFD; it raises TokenizerError for an id outside
+    the vocabulary.
 
     name: the specification it was loaded by ("byte", "hf:tokenizer.json")
     vocab_size: largest id + 1

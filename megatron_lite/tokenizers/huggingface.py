@@ -8,7 +8,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from megatron_lite.tokenizers.base import EOD_TEXT, TokenizerError, checked, hash_of, missing, read_bytes
+from megatron_lite.tokenizers.base import (
+    EOD_TEXT,
+    SpecialTokens,
+    TokenizerError,
+    checked,
+    hash_of,
+    missing,
+    read_bytes,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -19,12 +27,25 @@ _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of the `tokenizers` library, told to leave special tokens in the text alone."""
+    """A tokenizer of the `tokenizers` library, told to leave special tokens in the text alone.
 
-    def __init__(self, library: Library, name: str, fingerprint: str) -> None:
+    special_ids: the special tokens' ids by their names, which `special_tokens` "parse" reads in texts
+    adds_tokens: whether the library by itself would put special tokens around a text; here it never does
+    """
+
+    def __init__(
+        self, library: Library, name: str, fingerprint: str, special_tokens: SpecialTokens = "plain"
+    ) -> None:
         library.no_truncation()
         library.no_padding()
-        library.encode_special_tokens = True
+        library.encode_special_tokens = special_tokens == "plain"
+        self.special_tokens = special_tokens
+        self.special_ids = {
+            token.content: number
+            for number, token in library.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self.adds_tokens = library.num_special_tokens_to_add(False) > 0
         self.name = name
         self._library = library
         self._fingerprint = fingerprint
@@ -33,7 +54,9 @@ class HuggingFaceTokenizer:
         self.eod_id = next((vocabulary[eod] for eod in _EOD_NAMES if eod in vocabulary), None)
 
     @classmethod
-    def load(cls, path: str | Path, name: str | None = None) -> HuggingFaceTokenizer:
+    def load(
+        cls, path: str | Path, name: str | None = None, special_tokens: SpecialTokens = "plain"
+    ) -> HuggingFaceTokenizer:
         """Read a tokenizer.json, or the one in a folder. Raises TokenizerError where it is none."""
         library = _import()
         if Path(path).is_dir():
@@ -43,13 +66,16 @@ class HuggingFaceTokenizer:
             tokenizer = library.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path}: not a tokenizer.json: {error}") from None
-        return cls(tokenizer, name or f"hf:{path}", hash_of("hf", content))
+        return cls(tokenizer, name or f"hf:{path}", hash_of("hf", content), special_tokens)
 
     @classmethod
-    def load_gpt2(cls, where: str | Path, name: str | None = None) -> HuggingFaceTokenizer:
+    def load_gpt2(
+        cls, where: str | Path, name: str | None = None, special_tokens: SpecialTokens = "plain"
+    ) -> HuggingFaceTokenizer:
         """GPT-2's byte-level BPE from encoder.json and vocab.bpe, or vocab.json and merges.txt.
 
-        where: their folder, or what stands before these names in the paths ("models/gpt2-")
+        where: their folder, or what stands before these names in the paths ("models/gpt2-"), or both paths with a
+            comma between ("a/vocab.json,b/merges.txt")
         """
         library = _import()
         vocabulary_path, merges_path = find_gpt2_files(where)
@@ -65,7 +91,10 @@ class HuggingFaceTokenizer:
             ) from None
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = library.decoders.ByteLevel()
-        return cls(tokenizer, name or f"gpt2:{where}", hash_of("gpt2", vocabulary_text, merges_text))
+        if special_tokens == "parse" and EOD_TEXT in vocabulary:
+            tokenizer.add_special_tokens([EOD_TEXT])
+        fingerprint = hash_of("gpt2", vocabulary_text, merges_text)
+        return cls(tokenizer, name or f"gpt2:{where}", fingerprint, special_tokens)
 
     def encode(self, text: str) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=False).ids)
@@ -81,11 +110,19 @@ class HuggingFaceTokenizer:
     def fingerprint(self) -> str:
         return self._fingerprint
 
+    def to_json(self) -> str:
+        """A tokenizer.json of it."""
+        return str(self._library.to_str())
+
 
 def find_gpt2_files(where: str | Path) -> tuple[Path, Path]:
     """(vocabulary, merges) in a folder or behind a prefix. Raises TokenizerError naming what was looked
     for."""
     base = str(where)
+    if "," in base:
+        first, second = map(Path, base.split(",", 1))
+        if first.is_file() and second.is_file():
+            return first, second
     beginnings = [f"{base}/", f"{base}/gpt2-"] if Path(where).is_dir() else [base, f"{base}-"]
     for beginning in beginnings:
         for names in _GPT2_FILES:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lite.config import TOKENIZER_KINDS
-from megatron_lite.tokenizers.base import Tokenizer, TokenizerError, read_bytes
+from megatron_lite.tokenizers.base import SpecialTokens, Tokenizer, TokenizerError, read_bytes
 from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_lite.tokenizers.openai import TiktokenTokenizer
 from megatron_lite.tokenizers.simple import ByteTokenizer, CharTokenizer, WordTokenizer
@@ -30,19 +30,34 @@ _LOADERS: dict[str, Callable[[str, str], Tokenizer]] = dict(
 _ENDINGS = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+# Of those that can read special tokens in a text.
+_PARSERS: dict[str, Callable[[str, str, SpecialTokens], Tokenizer]] = {
+    "gpt2": HuggingFaceTokenizer.load_gpt2,
+    "hf": HuggingFaceTokenizer.load,
+    "tiktoken": TiktokenTokenizer,
+}
+
+
+def load_tokenizer(spec: str, special_tokens: SpecialTokens = "plain") -> Tokenizer:
     """The tokenizer that `spec` names.
 
     spec: byte, char:FILE, word:FILE, gpt2:FOLDER_OR_PREFIX, hf:FOLDER_OR_FILE (tokenizer.json),
         tiktoken:FILE, sentencepiece:FILE, or a path alone, whose kind is seen from its ending and content
+    special_tokens: "parse" turns special tokens' names in a text into their ids
 
     Raises TokenizerError for an unknown kind, a missing or damaged file, or a library that is not installed.
     """
+    kind, separator, path = spec.partition(":")
+    if spec != "byte" and (not separator or kind not in TOKENIZER_KINDS):
+        kind, path = _kind_of(spec), spec
+    if special_tokens == "parse":
+        if kind not in _PARSERS:
+            raise TokenizerError(
+                f"{spec}: {kind} tokenizers read no special tokens in texts; leave them plain"
+            )
+        return _PARSERS[kind](path, spec, special_tokens)
     if spec == "byte":
         return ByteTokenizer()
-    kind, separator, path = spec.partition(":")
-    if not separator or kind not in TOKENIZER_KINDS:
-        kind, path = _kind_of(spec), spec
     return _LOADERS[kind](path, spec)
 
 

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_lite.tokenizers.base import EOD_TEXT, TokenizerError, checked, hash_of, missing, read_bytes
+from megatron_lite.tokenizers.base import (
+    EOD_TEXT,
+    SpecialTokens,
+    TokenizerError,
+    checked,
+    hash_of,
+    missing,
+    read_bytes,
+)
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -45,14 +53,22 @@ _KNOWN = {
 
 
 class TiktokenTokenizer:
-    """A .tiktoken file (lines of base64 token and rank) whose name begins with a known vocabulary's."""
+    """A .tiktoken file (lines of base64 token and rank) whose name begins with a known vocabulary's.
 
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
+    kind: that name
+    content: of the file
+    special_ids: the special tokens' ids by their names, which `special_tokens` "parse" reads in texts
+    """
+
+    def __init__(
+        self, path: str | Path, name: str | None = None, special_tokens: SpecialTokens = "plain"
+    ) -> None:
         try:
             import tiktoken
         except ImportError:
             raise missing("tiktoken", "tiktoken: tokenizers") from None
         self.name = name or f"tiktoken:{path}"
+        self.special_tokens = special_tokens
         known = next((key for key in _KNOWN if Path(path).name.startswith(key)), None)
         if known is None:
             raise TokenizerError(
@@ -61,6 +77,7 @@ class TiktokenTokenizer:
         content = read_bytes(path)
         self._fingerprint = hash_of("tiktoken", known, content)
         pattern, special = _KNOWN[known]
+        self.kind, self.content, self.special_ids = known, content, special
         try:
             ranks = {
                 base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())
@@ -78,10 +95,12 @@ class TiktokenTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
+        if self.special_tokens == "parse":
+            return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._encoding.encode_ordinary(text) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         values = checked(ids, self.vocab_size, self.name)
