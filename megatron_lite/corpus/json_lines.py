@@ -14,7 +14,7 @@ from megatron_lite.corpus.files import CorpusError, require
 
 BOM = b"\xef\xbb\xbf"
 _DEEPER = 2000  # levels of nesting more, so that the judge reads all that orjson does (1024)
-_ORJSON_INTEGERS = 2.0**64  # whole numbers from here on come out of orjson as floats
+_ORJSON_INTEGERS = 2.0**63  # whole numbers below minus this, or above twice it, come out of orjson as floats
 
 
 def line_blocks(file: BinaryIO, block_bytes: int) -> Iterator[tuple[int, bytes]]:

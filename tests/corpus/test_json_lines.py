@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_lite.corpus.json_lines import (
@@ -99,6 +99,11 @@ LINES = st.one_of(
 
 
 @given(LINES)
+@example(b'{"":-9223372036854775809}')
+@example(b'{"": [18446744073709551616, -0, -0.0, 1E400]}')
+@example(b'{"": "\\u0000\x7f", "": 1}')
+@example(b'{"a": 01}')
+@example(b'{"a": "\xed\xa0\x80"}')
 def test_orjson_changes_neither_results_nor_reasons(line: bytes) -> None:
     pytest.importorskip("orjson")
     assert outcome(fast_parser(exact=True), line) == outcome(parse_line, line)
