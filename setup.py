@@ -34,9 +34,10 @@ class BuildKernels(build_ext):
             raise CompileError(str(error)) from error
 
 
+headers = [str(path.relative_to(build.ROOT)) for path in sorted(build.CSRC.glob("*.h"))]
 # The level of optimisation is stated, because the default is whatever Python itself was built with.
 extensions: list[Extension] = [
-    Pybind11Extension(module, [source], cxx_std=17, extra_compile_args=["-O3"])
+    Pybind11Extension(module, [source], cxx_std=17, extra_compile_args=["-O3"], depends=headers)
     for module, source in (
         ("megatron_lite.data._index", "csrc/index.cpp"),
         ("megatron_lite.corpus._text", "csrc/text.cpp"),

@@ -51,6 +51,14 @@ def document_ends_known(config: Config) -> Iterator[Problem]:
             )
 
 
+@rule("data.packing", "data.order")
+def packing_in_own_order(config: Config) -> Iterator[Problem]:
+    if config.data.packing == "best_fit" and config.data.order == "megatron":
+        yield Problem(
+            "data.packing", 'best_fit needs data.order "epoch": Megatron joins documents; nearest: concat'
+        )
+
+
 @rule("data.split")
 def split_readable(config: Config) -> Iterator[Problem]:
     try:

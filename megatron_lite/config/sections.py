@@ -88,6 +88,11 @@ class DataConfig(Section):
     order: Literal["epoch", "megatron"] = Field(
         default="epoch", description="sample order: epochs kept apart, or exactly Megatron-core's"
     )
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="documents joined end to end and cut at seq_length; or kept whole where they fit, side by side "
+        "in rows with some padding (best-fit packing, Ding et al. 2024)",
+    )
     cache_dir: str | None = Field(
         default=None, description="folder for sample indices; null: beside the data"
     )
@@ -97,6 +102,7 @@ class DataConfig(Section):
     reset_attention_mask: bool = Field(default=False, description="tokens do not attend across documents")
 
     _orders = alias("order")
+    _packings = alias("packing")
 
 
 class TrainConfig(Section):

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from megatron_lite.data import _index
 from megatron_lite.data.cache import Arrays, cached
 from megatron_lite.data.errors import DatasetError
-from megatron_lite.data.gpt import SampleDataset
+from megatron_lite.data.gpt import SampleDataset, reader_of
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the cached arrays
+_FORMAT = 2  # of the cached arrays
+_CHUNK = 1 << 20
 BlendIndex = tuple[NDArray[np.int16], NDArray[np.int64]]
 
 
@@ -65,12 +66,22 @@ def blend_index(
         )
         return {"dataset": dataset, "sample": sample}
 
-    arrays = cached(cache_dir, key, build)
+    arrays = cached(cache_dir, key, build, f"blend of {len(shares)} datasets")
     return arrays["dataset"], arrays["sample"]
+
+
+def taken(dataset: NDArray[np.int16], members: int) -> list[int]:
+    """How often each of `members` numbers occurs (bincount needs eight bytes for every one it counts)."""
+    counts = np.zeros(members, np.int64)
+    for first in range(0, len(dataset), _CHUNK):
+        counts += np.bincount(dataset[first : first + _CHUNK], minlength=members)
+    return counts.tolist()
 
 
 class BlendedDataset:
     """`datasets` read in the order of `index` (see `blend_index`).
+
+    reader: reads samples in C++; None where one of the datasets is not read so
 
     Raises DatasetError where the order takes more samples from a dataset than it has.
     """
@@ -78,7 +89,7 @@ class BlendedDataset:
     def __init__(self, datasets: Sequence[SampleDataset], index: BlendIndex) -> None:
         self.datasets = list(datasets)
         self._dataset, self._sample = index
-        taken = np.bincount(self._dataset, minlength=len(self.datasets))
+        taken = self.taken(len(self))
         for number, dataset in enumerate(self.datasets):
             if taken[number] > len(dataset):
                 raise DatasetError(
@@ -87,8 +98,16 @@ class BlendedDataset:
                     'ask for more samples, or take data.order "epoch", which makes as many as it needs'
                 )
 
+        readers = [reader_of(dataset) for dataset in self.datasets]
+        native = [reader for reader in readers if reader is not None]
+        self.reader = _index.BlendedSamples(native, *index) if len(native) == len(readers) else None
+
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def taken(self, samples: int) -> list[int]:
+        """How many of the first `samples` samples come from each dataset."""
+        return taken(self._dataset[:samples], len(self.datasets))
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
         if not 0 <= sample < len(self):

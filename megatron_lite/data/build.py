@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from megatron_lite.config import DataConfig
+from megatron_lite.config import Config, DataConfig
 from megatron_lite.data.blend import BlendedDataset, blend_index, normalized, used_members
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import GPTDataset, SampleDataset
 from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.position import Position, Source, continued, source_key
 from megatron_lite.data.sample_index import split_edges
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class _Member(NamedTuple):
     weight: float | None
     indexed: IndexedDataset
     documents: range
+    source: Source | None = None  # where a run goes on with it
 
 
 class _Settings(NamedTuple):
@@ -35,14 +37,21 @@ class _Settings(NamedTuple):
     seed: int
     name: Split
 
+    @property
+    def own_files(self) -> bool:
+        """Each split has files of its own; else data.train is divided."""
+        return self.config.valid is not None or self.config.test is not None
+
     def dataset(self, member: _Member, num_samples: int | None) -> GPTDataset:
         return GPTDataset(
             member.indexed,
             member.documents,
             num_samples,
             self.seq_length,
-            self.seed,
+            self.seed if member.source is None else member.source.seed,
             order=self.config.order,
+            packing=self.config.packing,
+            history=() if member.source is None else member.source.history,
             name=self.name,
             cache_dir=self.config.cache_dir,
         )
@@ -84,18 +93,100 @@ def build_dataset(
     return _build_split(_Settings(config, seq_length, seed, name), samples, {})
 
 
+class RunData(NamedTuple):
+    """The datasets of a run.
+
+    train: from sample `position.first` of the run on, to its end
+    position: for the checkpoint, see `state`
+    """
+
+    train: SampleDataset
+    valid: SampleDataset | None
+    test: SampleDataset | None
+    position: Position
+
+    def state(self, consumed_samples: int) -> dict[str, Any]:
+        """The position at this sample of the run, as JSON."""
+        given = consumed_samples - self.position.first
+        return self.position.state(
+            self.train.taken(given) if isinstance(self.train, BlendedDataset) else [given]
+        )
+
+
+def build_run(
+    config: Config, step: int = 0, consumed_samples: int = 0, saved: dict[str, Any] | None = None
+) -> RunData:
+    """The datasets of the run that `config` describes, from where it is.
+
+    The training set has as many samples as the run takes to its last step, also where an earlier part had
+    other batches; the others as many as an evaluation takes.
+
+    step, consumed_samples: where the run is
+    saved: what `RunData.state` gave there; None: the run has only had these settings, as far as is known
+
+    Raises DatasetError as `build_datasets` does, and where order "megatron" was to change within a run.
+    """
+    train, data, seq_length = config.train, config.data, config.model.seq_length
+    samples = consumed_samples + max(0, train.steps - step) * train.global_batch_size
+    held_out = train.eval_steps * train.global_batch_size if train.eval_interval is not None else 0
+    settings = {name: _Settings(data, seq_length, train.seed, name) for name in _NAMES}
+    opened: dict[str, IndexedDataset] = {}
+    members = _split_members(settings["train"], opened)
+    if not members:
+        raise DatasetError("data.train names no data for training")
+    position = Position(data.order, seq_length, data.packing, 0, samples, _sources(members, train.seed))
+    if saved is not None:
+        position = continued(position, saved, consumed_samples)
+        _log_sources(position)
+    members = [m._replace(source=s) for m, s in zip(members, position.sources, strict=False)]
+    rest = max(1, samples - position.first)  # a run may begin its last mixture when it is done
+    valid, test = (_build_split(settings[name], held_out, opened) for name in ("valid", "test"))
+    return RunData(_build(settings["train"], members, rest), valid, test, position)
+
+
+def _sources(members: list[_Member], seed: int) -> tuple[Source, ...]:
+    weights = [_tokens(member) if member.weight is None else member.weight for member in members]
+    return tuple(
+        Source(
+            source_key(m.indexed, m.documents),
+            m.indexed.prefix,
+            (m.documents.start, m.documents.stop),
+            weight,
+            seed,
+        )
+        for m, weight in zip(members, normalized(weights), strict=True)
+    )
+
+
+def _log_sources(position: Position) -> None:
+    """Where sources go on with a history, since that may surprise."""
+    for source in position.sources if position.first else ():
+        taken = sum(taken.samples for taken in source.history)
+        if not source.weight:
+            logger.info("data: %s is left out from sample %d on", source.prefix, position.first)
+        elif taken:
+            logger.info("data: %s goes on after the %d samples it gave", source.prefix, taken)
+        else:
+            logger.info("data: %s begins at sample %d of the run", source.prefix, position.first)
+
+
 def _build_split(
     settings: _Settings, samples: int | None, opened: dict[str, IndexedDataset]
 ) -> SampleDataset | None:
+    if samples == 0:
+        return None
+    members = _split_members(settings, opened)
+    return _build(settings, members, samples) if members else None
+
+
+def _split_members(settings: _Settings, opened: dict[str, IndexedDataset]) -> list[_Member] | None:
     config, name = settings.config, settings.name
     if config.train is None:
         raise DatasetError("data.train is not set: give the prefix of a .bin/.idx pair")
-    own_files = config.valid is not None or config.test is not None
-    prefixes = getattr(config, name) if own_files else config.train
-    if samples == 0 or prefixes is None:
+    prefixes = getattr(config, name) if settings.own_files else config.train
+    if prefixes is None:
         return None
-    members = _members(prefixes, None if own_files else config.split, _NAMES.index(name), opened)
-    return _build(settings, members, samples, own_files) if members else None
+    return _members(prefixes, None if settings.own_files else config.split, _NAMES.index(name), opened)
 
 
 def _members(
@@ -126,12 +217,10 @@ def _members(
     return members
 
 
-def _build(
-    settings: _Settings, members: list[_Member], samples: int | None, own_files: bool
-) -> SampleDataset:
+def _build(settings: _Settings, members: list[_Member], samples: int | None) -> SampleDataset:
     weighted = members[0].weight is not None
     megatron = settings.config.order == "megatron"
-    if len(members) == 1 and not (megatron and weighted and not own_files):
+    if len(members) == 1 and not (megatron and weighted and not settings.own_files):
         return settings.dataset(members[0], samples)
     if not weighted and (megatron or samples is None):
         return _proportional_blend(settings, members, samples)

@@ -1,10 +1,10 @@
 """Index arrays kept on disk, so that a restart and the other ranks of a node map them instead of building
 them.
 
-An entry is a folder named by a hash of everything the arrays depend on. It is written beside its place and
-renamed, so that it is whole or absent. One process builds while the others on that disk wait for its lock;
-nothing is assumed to be shared between nodes, and where nothing can be written the arrays are built in
-memory.
+An entry is a folder named by a hash of everything the arrays depend on. It is written beside its place, brought
+to the disk and renamed, so that it is whole or absent, and has checksums, so that a damaged one is built anew.
+One process builds while the others on that disk wait for its lock; nothing is assumed to be shared between
+nodes, and where nothing can be written the arrays are built in memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +41,13 @@ def content_stamp(values: NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def cached(directory: Path | None, key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
+def cached(
+    directory: Path | None, key: Mapping[str, Any], build: Callable[[], Arrays], title: str = "index"
+) -> Arrays:
     """`build()`, or what it returned before for the same key, mapped read-only from `directory`.
 
     key: all that the arrays depend on, as JSON values; a change of any of them is another entry
+    title: what they are, for the log
     """
     if directory is None:
         return build()
@@ -49,37 +55,67 @@ def cached(directory: Path | None, key: Mapping[str, Any], build: Callable[[], A
     entry = directory / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     arrays = _load(entry)
     if arrays is not None:
+        logger.info("%s: found in %s (%s)", title, entry, _size(arrays))
         return arrays
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _lock(entry.with_suffix(".lock")):
             arrays = _load(entry)
             if arrays is None:
+                begin = time.perf_counter()
                 arrays = build()
                 _store(entry, key, arrays)
+                logger.info(
+                    "%s: built in %.1f s into %s (%s)",
+                    *(title, time.perf_counter() - begin, entry, _size(arrays)),
+                )
                 arrays = _load(entry) or arrays
             return arrays
     except OSError as error:
-        logger.info("index cache %s cannot be used (%s): built in memory", directory, error)
+        logger.info("%s: the cache %s cannot be used (%s): kept in memory", title, directory, error)
         return build() if arrays is None else arrays
+
+
+def _size(arrays: Arrays) -> str:
+    return f"{sum(array.nbytes for array in arrays.values()) / 1e6:,.1f} MB"
 
 
 def _load(entry: Path) -> Arrays | None:
     """The entry's arrays, or None where it is absent or damaged."""
     try:
-        record = json.loads((entry / "key.json").read_text())
-        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in record["arrays"]}
-    except (OSError, ValueError, EOFError, KeyError):
+        checksums = dict(json.loads((entry / "key.json").read_text())["arrays"])
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in checksums}
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
+    if all(_checksum(arrays[name]) == checksum for name, checksum in checksums.items()):
+        return arrays
+    logger.warning("%s is damaged: built again", entry)
+    return None
+
+
+def _checksum(array: NDArray[Any]) -> int:
+    """CRC-32 of the array's bytes, in parts, so that other threads go on."""
+    checksum = 0
+    for first in range(0, len(array), 1 << 20):
+        checksum = zlib.crc32(array[first : first + (1 << 20)].tobytes(), checksum)
+    return checksum
 
 
 def _store(entry: Path, key: Mapping[str, Any], arrays: Arrays) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
+    mine = f"{entry.name}.tmp-{socket.gethostname()}-"
+    for left in entry.parent.glob(f"{mine}*"):  # of a process that was killed: this one has its lock
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=mine, dir=entry.parent))
     try:
         temporary.chmod(0o755)
         for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
-        (temporary / "key.json").write_text(json.dumps({"key": dict(key), "arrays": list(arrays)}, indent=1))
+            with open(temporary / f"{name}.npy", "wb") as file:
+                np.save(file, array)
+                _sync(file)
+        checksums = {name: _checksum(array) for name, array in arrays.items()}
+        with open(temporary / "key.json", "w") as file:
+            json.dump({"key": dict(key), "arrays": checksums}, file, indent=1)
+            _sync(file)
         if _load(entry) is not None:
             return  # of a node that the lock does not reach, and mapped by others: it must stay
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
@@ -91,6 +127,12 @@ def _store(entry: Path, key: Mapping[str, Any], arrays: Arrays) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(file: IO[Any]) -> None:
+    """Bring a file to the disk: a rename may otherwise outlive a power failure that its content does not."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lite.data.cache import cached, content_stamp
+from megatron_lite.data import _index
+from megatron_lite.data.cache import Arrays, cached, content_stamp
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.sample_index import epoch_order, megatron_order
+from megatron_lite.data.rest import Taken, merged, start_after
+from megatron_lite.data.sample_index import Packing, Tokens, epoch_order, megatron_order, packed_order
+
+logger = logging.getLogger(__name__)
 
 Order = Literal["epoch", "megatron"]
-_ORDERS = {"epoch": epoch_order, "megatron": megatron_order}
-_FORMAT = 1  # of the cached arrays; raise it when an order or their meaning changes
+_FORMAT = 2  # of the cached arrays; raise it when an order or their meaning changes
 
 
 class SampleDataset(Protocol):
@@ -33,14 +37,32 @@ class SampleDataset(Protocol):
         ...
 
 
+def reader_of(dataset: SampleDataset) -> _index.Samples | None:
+    """What reads the dataset's samples in C++, a whole batch a call; None: only Python can."""
+    reader = getattr(dataset, "reader", None)
+    return reader if isinstance(reader, _index.Samples) else None
+
+
+def read_rows(reader: _index.Samples, samples: Sequence[int] | range) -> NDArray[np.int64]:
+    """[n, S + 1]: the inputs of these samples and the label of the last one."""
+    numbers = np.asarray(samples, dtype=np.int64)
+    tokens, labels = (np.empty((len(numbers), reader.length), np.int64) for _ in range(2))
+    reader.read(numbers, tokens, labels)
+    return np.concatenate([tokens, labels[:, -1:]], axis=1)
+
+
 class GPTDataset:
     """Samples of `seq_length` + 1 tokens from the sequences `documents` of one indexed dataset.
 
     num_samples: length of the dataset over as many epochs as that takes ("megatron" rounds up to whole
-        epochs);
-        None: what one epoch holds
+        epochs); None: what one epoch holds
+    packing: "concat": documents joined end to end and cut every `seq_length` tokens; "best_fit": side by side
+        in rows, see `packed_order` (labels of other documents and of padding are masked by the loader)
+    history: samples of this dataset that a run has taken already; the first sample is the first after them
     name: of the split, for messages
     cache_dir: folder for the index; None: `index_cache` beside the data
+
+    reader: reads samples in C++
 
     Raises DatasetError where the split is empty or too short for one sample.
     """
@@ -54,32 +76,58 @@ class GPTDataset:
         seed: int,
         *,
         order: Order = "epoch",
+        packing: Packing = "concat",
+        history: Sequence[Taken] = (),
         name: str = "train",
         cache_dir: str | Path | None = None,
     ) -> None:
         self.indexed = indexed
         self.documents = documents
         self.seq_length = seq_length
+        self.packing = packing
         self.name = name
-        lengths = indexed.lengths
-        split_lengths = lengths[documents.start : documents.stop]
-        self.num_tokens = int(split_lengths.sum(dtype=np.int64))
+        self.tokens = Tokens(indexed.lengths, documents, seed)
+        self.num_tokens = self.tokens.total
         self._check(num_samples)
+        before = merged(history)
+        first = before.pop().samples if before and before[-1][:2] == (seq_length, packing) else 0
+        wanted = None if num_samples is None else first + num_samples
         key = {
             "format": _FORMAT,
             "order": order,
+            "packing": packing,
             "documents": [documents.start, documents.stop],
-            "lengths": content_stamp(split_lengths),
-            "num_samples": num_samples,
+            "lengths": content_stamp(indexed.lengths[documents.start : documents.stop]),
+            "num_samples": wanted,
             "seq_length": seq_length,
             "seed": seed,
+            "history": [list(taken) for taken in before],
         }
+
+        def build() -> Arrays:
+            if order == "megatron":
+                return megatron_order(self.tokens, wanted, seq_length)
+            make = packed_order if packing == "best_fit" else epoch_order
+            return make(self.tokens, wanted, seq_length, start_after(self.tokens, before))
+
         directory = Path(cache_dir) if cache_dir else Path(indexed.prefix).parent / "index_cache"
-        arrays = cached(
-            directory, key, lambda: _ORDERS[order](lengths, documents, num_samples, seq_length, seed)
+        arrays = cached(directory, key, build, f"{name} samples of {indexed.prefix}")
+        self.reader = _index.IndexedSamples(
+            *(indexed.tokens, indexed.offsets, indexed.lengths),
+            *(arrays["documents"], arrays["spans"], arrays["starts"]),
+            length=seq_length,
+            packed=packing == "best_fit",
+            first=first,
         )
-        self._stream = arrays["documents"]
-        self._starts = arrays["starts"]
+
+        if packing == "best_fit":
+            self._log_packing(*arrays["report"].tolist())
+
+    def _log_packing(self, documents: int, cut: int, joined: int, tokens: int, padding: int) -> None:
+        logger.info(
+            "%s of %s: packing cuts %d of an epoch's %d documents (joined end to end: %d) and pads %.2f%%",
+            *(self.name, self.indexed.prefix, cut, documents, joined, 100 * padding / (tokens + padding)),
+        )
 
     def _check(self, num_samples: int | None) -> None:
         where = f"{self.indexed.prefix}: the {self.name} split"
@@ -89,33 +137,19 @@ class GPTDataset:
                 f"{self.num_tokens:,} tokens): give it a larger share in data.split, files of its own in "
                 f"data.{self.name}, or more documents"
             )
-        if num_samples is None and self.num_tokens <= self.seq_length:
+        if num_samples is None and self.num_tokens <= self.seq_length and self.packing == "concat":
             raise DatasetError(
                 f"{where} has {self.num_tokens:,} tokens, too few for one sample of {self.seq_length:,} + 1"
             )
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.reader)
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        tokens = np.empty(self.seq_length + 1, dtype=np.int64)
-        self._read(sample, tokens)
-        return tokens
+        return self.batch([sample])[0]
 
     def batch(self, samples: Sequence[int] | range) -> NDArray[np.int64]:
-        tokens = np.empty((len(samples), self.seq_length + 1), dtype=np.int64)
-        for row, sample in zip(tokens, samples, strict=True):
-            self._read(sample, row)
-        return tokens
-
-    def _read(self, sample: int, out: NDArray[Any]) -> None:
-        if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample:,} of {len(self):,} ({self.name}, {self.indexed.prefix})")
-        position, offset = map(int, self._starts[sample])
-        done = 0
-        while done < len(out):
-            document = int(self._stream[position])
-            part = self.indexed.get(document, offset, offset + len(out) - done)
-            out[done : done + len(part)] = part
-            done += len(part)
-            position, offset = position + 1, 0
+        try:
+            return read_rows(self.reader, samples)
+        except IndexError as error:
+            raise IndexError(f"{self.name}, {self.indexed.prefix}: {error}") from None

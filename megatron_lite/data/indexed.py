@@ -42,6 +42,7 @@ class IndexedDataset:
     prefix: path without .bin/.idx
     dtype: type of the ids on disk
     lengths: [N] int32, tokens per sequence (may be unaligned in memory)
+    offsets: [N] int64, bytes from the beginning of PREFIX.bin (may be unaligned)
     document_bounds: [M] int64; document d is sequences document_bounds[d] up to document_bounds[d + 1]
     tokens: [num_tokens] all ids in file order
     num_tokens: their number
@@ -58,10 +59,10 @@ class IndexedDataset:
         self.dtype = header.dtype
         starts = np.cumsum([_HEADER.size, 4 * header.sequences, 8 * header.sequences, 8 * header.bounds])
         self.lengths: NDArray[np.int32] = index[starts[0] : starts[1]].view("<i4")
-        self._offsets: NDArray[np.int64] = index[starts[1] : starts[2]].view("<i8")
+        self.offsets: NDArray[np.int64] = index[starts[1] : starts[2]].view("<i8")
         self.document_bounds: NDArray[np.int64] = index[starts[2] : starts[3]].view("<i8")
         self.num_tokens = _check_index(
-            index_path, self.lengths, self._offsets, self.dtype, self.document_bounds
+            index_path, self.lengths, self.offsets, self.dtype, self.document_bounds
         )
         self.tokens: NDArray[Any] = self._map_tokens()
 
@@ -92,7 +93,7 @@ class IndexedDataset:
 
     def get(self, sequence: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Ids start..stop of one sequence, as a view (no copy)."""
-        base = int(self._offsets[sequence]) // self.dtype.itemsize
+        base = int(self.offsets[sequence]) // self.dtype.itemsize
         length = int(self.lengths[sequence])
         return self.tokens[base + start : base + (length if stop is None else min(stop, length))]
 
@@ -105,7 +106,7 @@ class IndexedDataset:
         bounds = self.document_bounds[start : stop + 1]
         places = np.full(len(bounds), self.num_tokens, dtype=np.int64)  # what begins after the last sequence
         before_end = bounds < len(self)
-        places[before_end] = self._offsets[bounds[before_end]] // self.dtype.itemsize
+        places[before_end] = self.offsets[bounds[before_end]] // self.dtype.itemsize
         return np.diff(places)
 
 

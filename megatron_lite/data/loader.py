@@ -7,18 +7,22 @@ goes on exactly where it stopped, also with other batch sizes or another number 
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.config import Config
+from megatron_lite.data import _index
 from megatron_lite.data.errors import DatasetError
-from megatron_lite.data.gpt import SampleDataset
+from megatron_lite.data.gpt import SampleDataset, reader_of
 
 _STEPS_AHEAD = 2
+_Number = TypeVar("_Number", np.int64, np.int32, np.float32)
 
 
 class Batch(NamedTuple):
@@ -33,7 +37,36 @@ class Batch(NamedTuple):
     position_ids: NDArray[np.int64] | None
     """[b, S] position in its document (with reset_position_ids; else None: 0 .. S - 1)"""
     segments: NDArray[np.int32] | None
-    """[b, S] number of the document within the row (with reset_attention_mask; else None: all one)"""
+    """[b, S] number of the document within the row, -1 for padding (with reset_attention_mask; else None: all one)"""
+
+    def rows(self, which: slice) -> Batch:
+        """Some samples of it."""
+        positions = None if self.position_ids is None else self.position_ids[which]
+        segments = None if self.segments is None else self.segments[which]
+        return Batch(self.tokens[which], self.labels[which], self.loss_mask[which], positions, segments)
+
+
+class _Blocks:
+    """Blocks of memory that are used again once the arrays in them are gone.
+
+    Memory that is new costs a page fault every few kilobytes, which takes longer than copying the tokens.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """[size] bytes of any content."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = None
+        if memory is None or len(memory) < size:
+            memory = mmap.mmap(-1, size)
+        # Every view of this array refers to it, since what it refers to in turn is not an array.
+        block = np.frombuffer(memory, np.uint8, size)
+        weakref.finalize(block, self._free.append, memory).atexit = False
+        return block
 
 
 class DataLoader:
@@ -45,7 +78,8 @@ class DataLoader:
     reset_attention_mask: give `segments`, so that attention stays within a document
     vocab_size: where given, ids at or beyond it are an error (data of another tokenizer), not a crash in the
         model
-    consumed_samples: where to start, in samples of the whole dataset
+    consumed_samples: where to start, in samples of the run
+    first_sample: which sample of the run is number 0 of the dataset (a run that went on with other data)
     num_workers: threads that read ahead; 0 reads in `next_step` itself. Their exceptions surface in
         `next_step`.
 
@@ -66,6 +100,7 @@ class DataLoader:
         reset_attention_mask: bool = False,
         vocab_size: int | None = None,
         consumed_samples: int = 0,
+        first_sample: int = 0,
         num_workers: int = 1,
     ) -> None:
         if global_batch_size % (micro_batch_size * data_size):
@@ -86,19 +121,24 @@ class DataLoader:
         self._eod = eod_id
         self._mask_eod, self._restart, self._segment = eod_mask_loss, reset_position_ids, reset_attention_mask
         self._vocab_size = vocab_size
-        self._consumed = consumed_samples
+        self._consumed, self._first = consumed_samples, first_sample
         self._pool = ThreadPoolExecutor(num_workers, "data") if num_workers else None
         self._ahead: deque[Future[list[Batch]]] = deque()
+        self._blocks = _Blocks()
 
     @property
     def consumed_samples(self) -> int:
-        """Samples of the dataset that all ranks together have been given."""
+        """Samples of the run that all ranks together have been given."""
         return self._consumed
 
     @property
     def remaining_steps(self) -> int:
         """Whole global batches that are left."""
-        return max(0, len(self.dataset) - self._consumed) // self._global
+        return max(0, self._end - self._consumed) // self._global
+
+    @property
+    def _end(self) -> int:
+        return self._first + len(self.dataset)
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, and move on.
@@ -107,7 +147,7 @@ class DataLoader:
         """
         if self.remaining_steps == 0:
             raise DatasetError(
-                f"the dataset ends at sample {len(self.dataset):,}: a global batch of {self._global:,} from "
+                f"the dataset ends at sample {self._end:,}: a global batch of {self._global:,} from "
                 f"sample {self._consumed:,} on goes past it; build it for more samples"
             )
         if self._pool is None:
@@ -136,33 +176,52 @@ class DataLoader:
             self._ahead.append(pool.submit(self._read_step, self._consumed + len(self._ahead) * self._global))
 
     def _read_step(self, first: int) -> list[Batch]:
+        """This rank's part of a step in one block of memory, filled by one call where the dataset allows."""
         starts = range(first + self._rank * self._micro, first + self._global, self._micro * self._size)
-        return [self._batch(range(start, start + self._micro)) for start in starts]
+        whole = self._read([range(start, start + self._micro) for start in starts])
+        pieces = (slice(begin, begin + self._micro) for begin in range(0, len(whole.tokens), self._micro))
+        return [whole.rows(piece) for piece in pieces]
 
-    def _batch(self, samples: range) -> Batch:
-        rows = self.dataset.batch(samples)
-        if (
-            self._vocab_size is not None
-            and rows.size
-            and not 0 <= rows.min() <= rows.max() < self._vocab_size
-        ):
+    def _read(self, samples: list[range]) -> Batch:
+        eod = -1 if self._eod is None else self._eod
+        numbers = [range(part.start - self._first, part.stop - self._first) for part in samples]
+        reader = reader_of(self.dataset)
+        if reader is not None:
+            together = np.concatenate([np.arange(part.start, part.stop) for part in numbers])
+            batch = self._empty(len(together), reader.length)
+            try:
+                low, high = reader.read(together, *batch, eod=eod, mask_loss=self._mask_eod)
+            except IndexError as error:
+                raise DatasetError(f"samples {samples[0].start:,} to {samples[-1].stop:,}: {error}") from None
+        else:
+            rows = np.concatenate([self.dataset.batch(part) for part in numbers])
+            batch = self._empty(len(rows), rows.shape[1] - 1)
+            low, high = int(rows.min()), int(rows.max())
+            batch.tokens[:], batch.labels[:] = rows[:, :-1], rows[:, 1:]
+            _index.mark_documents(batch.tokens, *batch[2:], eod=eod, mask_loss=self._mask_eod)
+        if self._vocab_size is not None and not 0 <= low <= high < self._vocab_size:
             raise DatasetError(
-                f"token ids from {rows.min()} to {rows.max()} in samples {samples.start:,} to "
-                f"{samples.stop:,}, but the vocabulary has {self._vocab_size:,}: the data was "
-                "written with another tokenizer"
+                f"token ids from {low} to {high} in samples {samples[0].start:,} to {samples[-1].stop:,}, but the "
+                f"vocabulary has {self._vocab_size:,}: the data was written with another tokenizer"
             )
-        tokens, labels = rows[:, :-1], rows[:, 1:]
-        ends = tokens == self._eod if self._eod is not None else np.zeros(tokens.shape, dtype=bool)
-        loss_mask = np.ones(tokens.shape, dtype=np.float32)
-        if self._mask_eod:
-            loss_mask[ends] = 0.0
-        return Batch(
-            np.ascontiguousarray(tokens),
-            np.ascontiguousarray(labels),
-            loss_mask,
-            restarted_positions(ends) if self._restart else None,
-            segment_numbers(ends) if self._segment else None,
-        )
+        return batch
+
+    def _empty(self, samples: int, length: int) -> Batch:
+        """The arrays of a step, in a block that no batch uses any more."""
+        count = samples * length
+        block = self._blocks.take(count * (20 + 8 * self._restart + 4 * self._segment))
+        place = 0
+
+        def array(kind: type[_Number]) -> NDArray[_Number]:
+            nonlocal place
+            made: NDArray[_Number] = np.ndarray((samples, length), kind, block, place)
+            place += made.nbytes
+            return made
+
+        # Those of eight bytes first, so that each begins at a multiple of its numbers' size.
+        tokens, labels = array(np.int64), array(np.int64)
+        positions = array(np.int64) if self._restart else None
+        return Batch(tokens, labels, array(np.float32), positions, array(np.int32) if self._segment else None)
 
 
 def make_loader(
@@ -172,6 +231,7 @@ def make_loader(
     data_rank: int = 0,
     data_size: int = 1,
     consumed_samples: int = 0,
+    first_sample: int = 0,
     num_workers: int = 0,
 ) -> DataLoader:
     """The loader that `config` describes: its batch sizes, masks and vocabulary. Raises as `DataLoader` does.
@@ -191,20 +251,6 @@ def make_loader(
         reset_attention_mask=data.reset_attention_mask,
         vocab_size=config.model.vocab_size,
         consumed_samples=consumed_samples,
+        first_sample=first_sample,
         num_workers=num_workers,
     )
-
-
-def restarted_positions(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """[b, S] positions that start again at 0 after each True of `ends` [b, S]."""
-    positions = np.arange(ends.shape[1], dtype=np.int64)
-    starts = np.zeros(ends.shape, dtype=np.int64)
-    starts[:, 1:] = np.where(ends[:, :-1], positions[1:], 0)
-    return positions - np.maximum.accumulate(starts, axis=1)
-
-
-def segment_numbers(ends: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """[b, S] numbers 0, 1, … that go up after each True of `ends` [b, S]."""
-    segments = np.zeros(ends.shape, dtype=np.int32)
-    np.cumsum(ends[:, :-1], axis=1, out=segments[:, 1:])
-    return segments

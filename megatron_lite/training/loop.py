@@ -12,11 +12,10 @@ import torch
 
 from megatron_lite.checkpoint import CheckpointError
 from megatron_lite.config import Config
-from megatron_lite.data.build import build_datasets
+from megatron_lite.data.build import RunData, build_run
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import SampleDataset
 from megatron_lite.data.loader import Batch, DataLoader, make_loader
-from megatron_lite.data.sidecar import check_datasets
 from megatron_lite.model.runtime import DTYPES, Runtime
 from megatron_lite.ops import Needs, Ops, build_ops
 from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
@@ -47,8 +46,7 @@ class Run:
     config: Config
     engine: Engine
     train_loader: DataLoader
-    valid: SampleDataset | None
-    test: SampleDataset | None
+    data: RunData
     loader: Callable[..., DataLoader]  # of a dataset, from consumed_samples on
     metrics: Metrics
     progress: Progress
@@ -93,7 +91,7 @@ def _train(run: Run) -> None:
         )
         stopping = run.stop.agreed()
         if _due(config.train.eval_interval, progress.step, config.train.steps) and not stopping:
-            evaluate(run, "valid", run.valid)
+            evaluate(run, "valid", run.data.valid)
         if stopping or _due(config.checkpoint.interval, progress.step, last):
             _save(run)
             saved = progress.step
@@ -103,7 +101,7 @@ def _train(run: Run) -> None:
     if saved != progress.step:
         _save(run)
     if begin < progress.step == config.train.steps and config.train.eval_interval is not None:
-        evaluate(run, "test", run.test)
+        evaluate(run, "test", run.data.test)
 
 
 def _next_batches(engine: Engine, loader: DataLoader) -> list[Batch]:
@@ -114,6 +112,7 @@ def _next_batches(engine: Engine, loader: DataLoader) -> list[Batch]:
 
 
 def _save(run: Run) -> None:
+    run.progress.data = run.data.state(run.progress.consumed_samples)
     try:
         save_checkpoint(run.engine, run.progress)
     except CheckpointError as error:
@@ -163,7 +162,6 @@ def start(config: Config, launch: Launch) -> Run:
         tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         if tokenizer is not None:
             config = config.with_vocab_size(tokenizer.vocab_size)
-        check_datasets(config.data, None if tokenizer is None else tokenizer.fingerprint())
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
     with agreed_failure():
         metrics = Metrics(config, device, mesh.world_size, active=mesh.rank == 0)
@@ -173,25 +171,24 @@ def start(config: Config, launch: Launch) -> Run:
     loader = partial(make_loader, config, eod_id=eod_id, data_rank=mesh.data_rank, data_size=mesh.data_size)
     with agreed_failure():
         progress = read_progress(config, checkpoint)
-        train_set, valid, test = _datasets(config, progress)
-        for dataset, position in ((train_set, progress.consumed_samples), (valid, 0), (test, 0)):
-            probe = None if dataset is None else loader(dataset, consumed_samples=position)
-            if probe is not None and probe.remaining_steps:
+        data = build_run(config, progress.step, progress.consumed_samples, progress.data)
+        place = {"consumed_samples": progress.consumed_samples, "first_sample": data.position.first}
+        held_out = [loader(dataset) for dataset in (data.valid, data.test) if dataset is not None]
+        for probe in (loader(data.train, **place), *held_out):
+            if probe.remaining_steps:
                 probe.next_step()  # data of another tokenizer show themselves at once
     runtime = Runtime(mesh, ops, dtype, device, config.train.seed, config.train.recompute)
-    _log_start(config, launch, runtime, train_set, valid)
+    _log_start(config, launch, runtime, data)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports of memory
         engine = build_engine(config, runtime)
     if checkpoint is not None:
         with agreed_failure():
             load_checkpoint(engine, checkpoint)
         logger.info("starting from %s at step %d", checkpoint, progress.step)
-    train_loader = loader(
-        train_set, consumed_samples=progress.consumed_samples, num_workers=config.data.num_workers
-    )
+    train_loader = loader(data.train, **place, num_workers=config.data.num_workers)
     with agreed_failure():  # and together, so that the first step's time is a step's
         metrics.open(progress.step)
-    return Run(config, engine, train_loader, valid, test, loader, metrics, progress, stop)
+    return Run(config, engine, train_loader, data, loader, metrics, progress, stop)
 
 
 def _check_same_device(device: torch.device) -> None:
@@ -216,19 +213,7 @@ def _check_same_kernels(ops: Ops) -> None:
                 )
 
 
-def _datasets(
-    config: Config, progress: Progress
-) -> tuple[SampleDataset, SampleDataset | None, SampleDataset | None]:
-    """As many samples as the run takes to its last step, also where an earlier part had other batches."""
-    batch, train = config.train.global_batch_size, config.train
-    samples = progress.consumed_samples + max(0, train.steps - progress.step) * batch
-    held_out = train.eval_steps * batch if train.eval_interval is not None else 0
-    return build_datasets(config.data, config.model.seq_length, train.seed, samples, held_out, held_out)
-
-
-def _log_start(
-    config: Config, launch: Launch, runtime: Runtime, train_set: SampleDataset, valid: SampleDataset | None
-) -> None:
+def _log_start(config: Config, launch: Launch, runtime: Runtime, data: RunData) -> None:
     """What the user should check before hours pass."""
     mesh, model = runtime.mesh, config.model
     why = {"cuda": "", "cpu": " (gloo)"}[runtime.device.type]
@@ -261,9 +246,9 @@ def _log_start(
         logger.info("kernels: %s", line)
     logger.info(
         "data: %s training samples of %d tokens%s",
-        f"{len(train_set):,}",
+        f"{data.position.first + len(data.train):,}",
         model.seq_length,
-        "" if valid is None else f", {len(valid):,} for validation",
+        "" if data.valid is None else f", {len(data.valid):,} for validation",
     )
     for warning in config.warnings(mesh.world_size):
         logger.warning("%s", warning)

@@ -24,11 +24,15 @@ class Progress:
     """Where training is; all of it that is not in the engine.
 
     Data order and dropout are functions of (seed, position), so there is no generator state to keep.
+
+    Attributes:
+        data: what each source of the data has given, see `data.position`; None in old checkpoints.
     """
 
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    data: dict[str, Any] | None = None
 
 
 def gather(value: object) -> list[Any]:
@@ -147,15 +151,18 @@ def read_progress(config: Config, path: Path | None) -> Progress:
             raise CheckpointError(
                 f"{path} holds weights only, no optimizer state: set checkpoint.weights_only to true"
             )
+        progress = Progress(**reader.metadata["progress"])
         if dist.get_rank() == 0:
-            _warn_of_changed_data(reader.metadata["config"], config.model_dump(mode="json"))
-        return Progress(**reader.metadata["progress"])
+            _warn_of_changed_data(reader.metadata["config"], config.model_dump(mode="json"), progress)
+        return progress
 
 
-def _warn_of_changed_data(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """The position in the data is a number of samples, which means something else where these changed."""
-    keys = [("train", "seed"), ("model", "seq_length")]
-    keys += [("data", key) for key in ("train", "valid", "split", "order", "tokenizer")]
+def _warn_of_changed_data(old: dict[str, Any], new: dict[str, Any], progress: Progress) -> None:
+    """Without the position of each source, the position is a number of samples, which means something else where these
+    changed. With it, only another part of a file, or other ids, are other data."""
+    keys = [("data", "valid"), ("data", "split"), ("data", "tokenizer")]
+    if progress.data is None:
+        keys += [("train", "seed"), ("model", "seq_length"), ("data", "train"), ("data", "order")]
     for section, key in keys:
         before, now = old.get(section, {}).get(key), new[section][key]
         if before != now:

@@ -173,6 +173,11 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
     "split into nothing": (["data.split=inf,1"], "data.split:", ["data.split=1,1"]),
     "split in four": (["data.split=1,1,1,1"], "data.split:", ["data.split=1"]),
     "empty blend": (["data.train=[]"], "data.train: names no data; give a prefix, or null", ["data.train=a"]),
+    "packing in Megatron's order": (
+        ["data.packing=best_fit", "data.order=megatron"],
+        'data.packing: best_fit needs data.order "epoch"',
+        ["data.packing=concat"],
+    ),
     "empty prefix": (["data.valid="], "data.valid: names no data", ["data.valid=a"]),
     "negative weight": (
         ['data.train=[[1, "a"], [-1, "b"]]'],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_lite.data import DatasetError, _index
-from megatron_lite.data.sample_index import epoch_order, megatron_order, split_edges
+from megatron_lite.data.sample_index import NO_SPANS, Tokens, epoch_order, megatron_order, split_edges
 
 MASK = 2**64 - 1
 
@@ -126,7 +126,7 @@ def random_case(number: int) -> tuple[list[int], range, int | None, int, int]:
 @pytest.mark.parametrize("number", range(40))
 def test_epoch_order_is_the_reference(number: int) -> None:
     lengths, documents, count, seq_length, seed = random_case(number)
-    order = epoch_order(np.array(lengths, np.int32), documents, count, seq_length, seed)
+    order = epoch_order(Tokens(np.array(lengths, np.int32), documents, seed), count, seq_length)
     expected = epoch_reference(lengths, documents, count, seq_length, seed)
     assert samples_of(order, lengths, seq_length) == expected
     assert len(expected) == (count if count is not None else len(expected))
@@ -135,7 +135,7 @@ def test_epoch_order_is_the_reference(number: int) -> None:
 @pytest.mark.parametrize("number", range(40))
 def test_megatron_order_is_the_reference(number: int) -> None:
     lengths, documents, count, seq_length, seed = random_case(number)
-    order = megatron_order(np.array(lengths, np.int32), documents, count, seq_length, seed)
+    order = megatron_order(Tokens(np.array(lengths, np.int32), documents, seed), count, seq_length)
     expected = megatron_reference(lengths, documents, count, seq_length, seed)
     assert samples_of(order, lengths, seq_length) == expected
 
@@ -144,7 +144,7 @@ def test_megatron_order_is_the_reference(number: int) -> None:
 def test_megatrons_last_epoch_is_apart_below_80_percent(count: int) -> None:
     """100 samples an epoch: 79 of the second are fewer than 80%, 80 are not."""
     lengths = [11] * 91
-    order = megatron_order(np.array(lengths, np.int32), range(91), count, 10, 4)
+    order = megatron_order(Tokens(np.array(lengths, np.int32), range(91), 4), count, 10)
     assert samples_of(order, lengths, 10) == megatron_reference(lengths, range(91), count, 10, 4)
     first_epoch = set(order["documents"][:91].tolist())
     assert (len(first_epoch) == 91) == (count == 179), "apart, the first epoch has every document"
@@ -153,7 +153,7 @@ def test_megatrons_last_epoch_is_apart_below_80_percent(count: int) -> None:
 def test_each_epoch_has_every_token_once_before_the_next_begins() -> None:
     """Documents of whole samples: the first tokens of the samples say what was seen."""
     lengths = [8] * 30
-    order = epoch_order(np.array(lengths, np.int32), range(30), 180, 4, seed=5)
+    order = epoch_order(Tokens(np.array(lengths, np.int32), range(30), 5), 180, 4)
     seen = [
         [token for sample in samples_of(order, lengths, 4)[e * 60 : e * 60 + 60] for token in sample[:4]]
         for e in range(3)
@@ -164,15 +164,19 @@ def test_each_epoch_has_every_token_once_before_the_next_begins() -> None:
 
 def test_more_samples_only_add_to_the_end() -> None:
     lengths = np.array([13, 7, 50, 1, 22], np.int32)
-    long = samples_of(epoch_order(lengths, range(5), 200, 8, 3), lengths.tolist(), 8)
+    long = samples_of(epoch_order(Tokens(lengths, range(5), 3), 200, 8), lengths.tolist(), 8)
     for count in (1, 5, 11, 12, 13, 60, 199):
-        assert samples_of(epoch_order(lengths, range(5), count, 8, 3), lengths.tolist(), 8) == long[:count]
+        assert (
+            samples_of(epoch_order(Tokens(lengths, range(5), 3), count, 8), lengths.tolist(), 8)
+            == long[:count]
+        )
 
 
 def test_seeds_give_unrelated_orders() -> None:
     lengths = np.full(100, 9, np.int32)
     orders = [
-        epoch_order(lengths, range(100), 100, 8, seed)["documents"][:100].tolist() for seed in range(20)
+        epoch_order(Tokens(lengths, range(100), seed), 100, 8)["documents"][:100].tolist()
+        for seed in range(20)
     ]
     assert len({tuple(order) for order in orders}) == 20
     same_place = np.mean([[a == b for a, b in zip(orders[0], other, strict=True)] for other in orders[1:]])
@@ -196,26 +200,65 @@ def test_the_shuffle_is_the_published_generator(dtype: type) -> None:
     assert values.tolist() == shuffled(list(range(1000)), 2**64 - 1, 3, 1)
 
 
+def starts_of(
+    lengths: np.ndarray, documents: list[int], first: int, stride: int, count: int
+) -> list[list[int]]:
+    rows = np.empty((count, 2), np.int32)
+    _index.fill_starts(rows, lengths, np.array(documents, np.int32), NO_SPANS, 0, first, stride)
+    return rows.tolist()
+
+
 def test_the_extension_refuses_what_it_cannot_read() -> None:
     lengths = np.array([3, 4], np.int32)
     with pytest.raises(IndexError):
-        _index.build_sample_index(lengths, np.array([0, 2], np.int32), 0, 4, 2)
+        starts_of(lengths, [0, 2], 0, 4, 2)
     with pytest.raises(IndexError):
-        _index.build_sample_index(lengths, np.array([0, 1], np.int32), 0, 4, 3)
+        starts_of(lengths, [0, 1], 0, 4, 3)
     with pytest.raises(ValueError, match="int32"):
-        _index.build_sample_index(lengths.astype(np.int64), np.array([0], np.int32), 0, 1, 1)
+        starts_of(lengths.astype(np.int64), [0], 0, 1, 1)
     with pytest.raises(ValueError, match="contiguous"):
-        _index.build_sample_index(np.zeros(8, np.int32)[::2], np.array([0], np.int32), 0, 1, 1)
+        starts_of(np.zeros(8, np.int32)[::2], [0], 0, 1, 1)
+    with pytest.raises(ValueError, match="contiguous"):
+        _index.shuffle(np.zeros((8, 2), np.int32)[:, ::-1], 0, 0, 0)
+    with pytest.raises(ValueError, match="rows of"):
+        _index.shuffle(np.zeros((8, 3), np.int32), 0, 0, 0)
 
 
 def test_unaligned_lengths_are_read() -> None:
     raw = np.zeros(4 * 3 + 2, np.uint8)
     lengths = raw[2:].view(np.int32)
     lengths[:] = [3, 4, 5]
-    rows = _index.build_sample_index(lengths, np.array([2, 0, 1], np.int32), 0, 4, 3)
-    assert rows.tolist() == [[0, 0], [0, 4], [2, 0]], (
+    assert starts_of(lengths, [2, 0, 1], 0, 4, 3) == [[0, 0], [0, 4], [2, 0]], (
         "tokens 0, 4 and 8 of the documents of 5, 3 and 4 tokens"
     )
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("size", [0, 1, 2, 1000])
+def test_rows_are_shuffled_as_their_numbers(dtype: type, size: int) -> None:
+    """What allows a sample index to be shuffled where it lies."""
+    numbers, rows = np.arange(size), np.arange(2 * size, dtype=dtype).reshape(size, 2)
+    expected = rows.copy()
+    _index.shuffle(numbers, 7, 3, 1)
+    _index.shuffle(rows, 7, 3, 1)
+    assert rows.tolist() == expected[numbers].tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+@pytest.mark.parametrize("seed", [0, 1234, 2**32 - 1])
+def test_the_legacy_shuffle_is_numpys(dtype: type, seed: int) -> None:
+    """One generator for several shuffles, as Megatron has it."""
+    ours, theirs = _index.LegacyRandom(seed), np.random.RandomState(seed)
+    for size in (0, 1, 2, 129, 70_000):
+        mine, their = np.arange(size, dtype=dtype), np.arange(size, dtype=dtype)
+        ours.shuffle(mine)
+        theirs.shuffle(their)
+        np.testing.assert_array_equal(mine, their)
+
+
+def test_a_seed_that_numpys_generator_does_not_take_is_refused() -> None:
+    with pytest.raises(DatasetError, match=r"less than 2\^32"):
+        megatron_order(Tokens(np.array([9], np.int32), range(1), 2**32), 1, 4)
 
 
 @pytest.mark.parametrize(
