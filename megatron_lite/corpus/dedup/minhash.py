@@ -94,7 +94,7 @@ def band_keys(signatures: NDArray[np.uint32], bands: int) -> Keys:
 
     Two polynomials over the values, each step mixed.
     """
-    values = signatures.reshape(len(signatures), bands, -1).astype(np.uint64)
+    values = signatures.reshape(len(signatures), bands, signatures.shape[1] // bands).astype(np.uint64)
     keys = np.empty((len(signatures), bands, 2), np.uint64)
     for column, start in enumerate((0x243F6A8885A308D3, 0x13198A2E03707344)):
         state = np.broadcast_to(

@@ -63,7 +63,9 @@ def test_pieces_workers_and_memory_change_nothing(tmp_path: Path, rule: Exact | 
     texts = [f"text {number % 37}\nline {number % 11} ü\n{number}" for number in range(300)]
     texts += [text.upper() for text in texts[:50]]
     results = []
-    for number, (workers, memory, size) in enumerate([(1, 1 << 30, 1 << 20), (1, 500, 99), (2, 3000, 1000)]):
+    for number, (workers, memory, size) in enumerate(
+        [(1, 1 << 30, 1 << 20), (1, 5000, 300), (2, 9000, 3000)]
+    ):
         folder = tmp_path / str(number)
         folder.mkdir()
         kept, ids, report = run(folder, texts, rule, workers=workers, memory=memory, piece_bytes=size)
