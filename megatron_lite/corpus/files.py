@@ -24,6 +24,7 @@ _FORMATS: dict[str, Format] = {
     ".wet": "warc",
 }
 _COMPRESSIONS = (".gz", ".zst")
+_NOT_READ = (".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
 _FEED = 1 << 14  # compressed bytes at once: what they become is held in memory
 _MAX_WINDOW = 1 << 31  # `zstd --long=31`, as public dumps of forums are compressed
 
@@ -67,13 +68,19 @@ def _expand(entry: str) -> list[str]:
 
 
 def _files_below(folder: str) -> Iterator[str]:
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (
-            os.path.join(place, name)
-            for name in names
-            if not name.startswith(".") and split_ending(name)[0] in _FORMATS
-        )
+    seen = set()  # a folder that links lead to again is entered once: they may go in circles
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    with reading(folder):
+        for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+            real = os.path.realpath(place)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+            if real not in seen:
+                shown = (name for name in names if not name.startswith("."))
+                yield from (os.path.join(place, name) for name in shown if split_ending(name)[0] in _FORMATS)
+            seen.add(real)
 
 
 def _check_file(path: str) -> None:
@@ -95,6 +102,8 @@ def format_of(path: str) -> Format:
     found = _FORMATS.get(ending, "jsonl")
     if found == "parquet" and compression:
         raise CorpusError(f"{path}: cannot be read: Parquet is compressed inside; unpack the {compression}")
+    if ending in _NOT_READ:
+        raise CorpusError(f"{path}: cannot be read: unpack it, or pack it as {' or '.join(_COMPRESSIONS)}")
     return found
 
 

@@ -112,6 +112,9 @@ def merge_datasets(
     if shares is not None or documents_per_part is not None:
         edges = _edges(total, shares, documents_per_part)
         names = [f"{os.fspath(output_prefix)}_{number:05d}" for number in range(len(edges) - 1)]
+        for place in glob.glob(f"{glob.escape(os.fspath(output_prefix))}_[0-9][0-9][0-9][0-9][0-9].idx"):
+            if (other := place.removesuffix(".idx")) not in names:
+                raise DatasetError(f"{other}: part of an earlier split into more parts; remove it first")
     taken = {os.path.realpath(path) for source in sources for path in (source.path, f"{source.prefix}.idx")}
     for name in names:
         if any(os.path.realpath(name + end) in taken for end in (".bin", ".idx")):

@@ -1,6 +1,8 @@
 import gzip
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,9 +76,28 @@ def test_the_format_is_known_by_the_ending(name: str, expected: str) -> None:
     assert format_of(name) == expected
 
 
-def test_packed_parquet_is_refused() -> None:
-    with pytest.raises(CorpusError, match=r"x\.parquet\.gz: .* unpack"):
-        format_of("x.parquet.gz")
+@pytest.mark.parametrize("name", ["x.parquet.gz", "x.jsonl.bz2", "x.tar.gz", "x.zip"])
+def test_other_compression_is_refused(name: str) -> None:
+    with pytest.raises(CorpusError, match=rf"{name}: .* unpack"):
+        format_of(name)
+
+
+def test_links_in_circles_are_followed_once(folder: Path) -> None:
+    (folder / "sub" / "up").symlink_to(folder)
+    (folder / "z").symlink_to(folder / "sub")
+    assert names(folder, ["."]) == ["[x].json", "a.jsonl.gz", "b.jsonl", "sub/c.TXT"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scandir(path: str) -> Any:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(CorpusError, match="Permission denied"):
+        expand_inputs([folder])
 
 
 def packed(path: Path, parts: list[bytes]) -> Path:
@@ -97,6 +118,17 @@ def test_all_members_of_a_file_are_read(tmp_path: Path, ending: str) -> None:
     with open_input(str(packed(tmp_path / f"x{ending}", PARTS))) as file:
         assert file.read(5) == b"one\no"
         assert b"one\no" + file.read() == b"".join(PARTS)
+
+
+def test_zstd_frames_without_text_are_passed_over(tmp_path: Path) -> None:
+    """Written by parallel compressors, as a table of contents for one."""
+    zstandard = pytest.importorskip("zstandard")
+    skippable = b"\x50\x2a\x4d\x18\x05\0\0\0inner"
+    (tmp_path / "x.zst").write_bytes(
+        skippable + zstandard.compress(b"one") + skippable + zstandard.compress(b"two")
+    )
+    with open_input(str(tmp_path / "x.zst")) as file:
+        assert file.read() == b"onetwo"
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

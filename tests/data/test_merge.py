@@ -139,6 +139,14 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == before
 
 
+def test_parts_of_an_earlier_split_do_not_mix_with_those_of_a_new_one(tmp_path: Path) -> None:
+    write(tmp_path / "a", A)
+    merge_datasets([tmp_path / "a"], tmp_path / "out", documents_per_part=1)
+    merge_datasets([tmp_path / "a"], tmp_path / "out", documents_per_part=1)
+    with pytest.raises(DatasetError, match="out_00002: part of an earlier split"):
+        merge_datasets([tmp_path / "a"], tmp_path / "out", documents_per_part=2)
+
+
 def test_nothing_is_left_when_a_part_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
