@@ -38,14 +38,16 @@ class ByteTokenizer:
 
 
 class _ListTokenizer:
-    """Ids are places in a list of pieces of text; after them come one id for unknown pieces and one for eod.
+    """Ids are places in a list of pieces of text; after them come unknown pieces, eod, and the special tokens.
 
-    kept as JSON: {"type": "char" | "word", "tokens": [...]}
+    kept as JSON: {"type": "char" | "word", "tokens": [...]}, and "special": [...] where there are any
     """
 
     kind: str
 
-    def __init__(self, tokens: Sequence[str], name: str | None = None) -> None:
+    def __init__(
+        self, tokens: Sequence[str], name: str | None = None, special_tokens: Sequence[str] = ()
+    ) -> None:
         self.name = name or self.kind
         self.tokens = list(tokens)
         self._ids = {token: number for number, token in enumerate(self.tokens)}
@@ -53,7 +55,10 @@ class _ListTokenizer:
             raise TokenizerError(f"{self.name}: a token is empty or listed twice")
         self.unknown_id = len(self.tokens)
         self.eod_id = self.unknown_id + 1
-        self.vocab_size = self.eod_id + 1
+        self.special_ids = {token: self.eod_id + 1 + place for place, token in enumerate(special_tokens)}
+        if len(self.special_ids) != len(special_tokens):
+            raise TokenizerError(f"{self.name}: a special token is listed twice")
+        self.vocab_size = self.eod_id + 1 + len(special_tokens)
 
     @staticmethod
     def divide(text: str) -> Iterable[str]:
@@ -65,17 +70,20 @@ class _ListTokenizer:
         """Read the JSON that `save` wrote. Raises TokenizerError where it is none."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            kind, tokens = content["type"], content["tokens"]
+            kind, tokens, special = content["type"], content["tokens"], content.get("special", [])
         except OSError as error:
             raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
-            kind, tokens = None, None
-        if kind != cls.kind or not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
+            kind, tokens, special = None, None, None
+        if kind != cls.kind or not _are_texts(tokens) or not _are_texts(special):
             raise TokenizerError(f'{path}: not a JSON file of {{"type": "{cls.kind}", "tokens": [...]}}')
-        return cls(tokens, name or f"{cls.kind}:{path}")
+        return cls(tokens, name or f"{cls.kind}:{path}", special)
 
     def save(self, path: str | Path) -> None:
-        text = json.dumps({"type": self.kind, "tokens": self.tokens}, ensure_ascii=False, indent=0)
+        content: dict[str, object] = {"type": self.kind, "tokens": self.tokens}
+        if self.special_ids:
+            content["special"] = list(self.special_ids)
+        text = json.dumps(content, ensure_ascii=False, indent=0)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
@@ -86,11 +94,16 @@ class _ListTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        pieces = [*self.tokens, UNKNOWN_TEXT, EOD_TEXT]
+        pieces = [*self.tokens, UNKNOWN_TEXT, EOD_TEXT, *self.special_ids]
         return "".join(pieces[value] for value in checked(ids, self.vocab_size, self.name))
 
     def fingerprint(self) -> str:
-        return hash_of(self.kind, *self.tokens)
+        # Special tokens behind an empty piece, which no list of tokens holds.
+        return hash_of(self.kind, *self.tokens, *(["", *self.special_ids] if self.special_ids else []))
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 class CharTokenizer(_ListTokenizer):

@@ -27,6 +27,7 @@ class SentencePieceTokenizer:
         except RuntimeError:
             raise TokenizerError(f"{path}: not a SentencePiece model") from None
         self.vocab_size = int(self._model.vocab_size())
+        self.unknown_id = int(self._model.unk_id())
         eos = int(self._model.eos_id())
         self.eod_id = eos if eos >= 0 else None
 
@@ -38,14 +39,16 @@ class SentencePieceTokenizer:
         return list(self._model.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
-        documents: list[list[int]] = [[]]
-        for value in checked(ids, self.vocab_size, self.name):
-            if value == self.eod_id:
-                documents.append([])
+        values = checked(ids, self.vocab_size, self.name)
+        parts: list[str] = []
+        text: list[int] = []
+        for value, special in zip(values, self._model.is_control(values), strict=True):
+            if special:
+                parts += (self._model.decode(text), self._model.id_to_piece(value))
+                text = []
             else:
-                documents[-1].append(value)
-        eod = self._model.id_to_piece(self.eod_id) if self.eod_id is not None else ""
-        return str(eod).join(self._model.decode(document) for document in documents)
+                text.append(value)
+        return "".join([*parts, self._model.decode(text)])
 
     def fingerprint(self) -> str:
         return self._fingerprint

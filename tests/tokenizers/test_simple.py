@@ -69,3 +69,20 @@ def test_a_token_twice_is_refused(tmp_path: Path, tokens: str) -> None:
     (tmp_path / "t.json").write_text(f'{{"type": "char", "tokens": {tokens}}}')
     with pytest.raises(TokenizerError, match="empty or listed twice"):
         load_tokenizer(str(tmp_path / "t.json"))
+
+
+def test_special_tokens_are_kept_and_count(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('{"type": "char", "tokens": ["a"], "special": ["<x>", "<y>"]}')
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.vocab_size == 5 and tokenizer.decode([0, 3, 4]) == "a<x><y>"
+    assert tokenizer.fingerprint() != CharTokenizer(["a"]).fingerprint()
+    assert tokenizer.fingerprint() == CharTokenizer(["a"], special_tokens=["<x>", "<y>"]).fingerprint()
+    for special, message in (
+        ('["<x>", "<x>"]', "listed twice"),
+        ("[1]", "not a JSON file"),
+        ('"<x>"', "not a JSON"),
+    ):
+        path.write_text(f'{{"type": "char", "tokens": ["a"], "special": {special}}}')
+        with pytest.raises(TokenizerError, match=message):
+            load_tokenizer(str(path))

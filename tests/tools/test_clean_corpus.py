@@ -1,12 +1,16 @@
 """tools/clean_corpus.py."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_lite.corpus.cleaning import CleaningSettings
 from tools.clean_corpus import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 GOOD = "The first of these sentences has to be long enough to count. And that is what they have with them. "
 
@@ -61,3 +65,9 @@ def test_exit_statuses(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
+
+
+def test_it_starts_without_torch() -> None:
+    code = "import sys; import tools.clean_corpus; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
