@@ -20,13 +20,14 @@ _EMAIL = re.compile(
 )
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:]|\.\d)")
-# Four numbers with dots after one of these, or after "v", are no address.
+# Four numbers with dots after one of these, or after "Browser/", are no address; nor is "1.2.3.4. Title" a line.
 _NUMBERED = re.compile(
     r"(?:\b(?:versions?|ver|v|release|rev|revision|build|section|sec|chapter|table|figure|fig|clause|article"
-    r"|appendix|item)\.?|§)\s*$",
+    r"|appendix|item)\.?|§|\brv:|\w/)\s*$",
     re.IGNORECASE,
 )
-_NUMBERED_REACH = 12  # characters before, as long as the longest of them and a space
+_LINE_START, _HEADING = re.compile(r"(?:\A|\n)[ \t]*\Z"), re.compile(r"\.[ \t]+\w")
+_REACH = 12  # characters before, as long as the longest of them and a space
 # E.164: a plus and up to 15 digits, in groups.
 _PHONE_PLUS = re.compile(r"(?<![\w+])\+[1-9]\d{0,3}(?:[ .-]?(?:\(\d{1,5}\)|\d{1,5})){2,5}(?![\w]|[.-]\d)")
 # North America: area code and exchange begin with 2 to 9.
@@ -91,8 +92,10 @@ def _mask(
 
 
 def _is_public(match: re.Match[str]) -> bool:
-    before = match.string[max(0, match.start() - _NUMBERED_REACH) : match.start()]
+    before = match.string[max(0, match.start() - _REACH) : match.start()]
     if _NUMBERED.search(before):
+        return False
+    if _LINE_START.search(before) and _HEADING.match(match.string, match.end()):
         return False
     try:
         return ipaddress.ip_address(match[0]).is_global

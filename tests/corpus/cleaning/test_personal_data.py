@@ -13,6 +13,7 @@ FOUND = [
     ("email", "x_1%y-z@a-b.info"),
     ("ip_address", "8.8.8.8"),
     ("ip_address", "93.184.216.34"),
+    ("ip_address", "9.9.9.9"),
     ("ip_address", "2001:4860:4860::8888"),
     ("ip_address", "2a00:1450:4001:081b:0000:0000:0000:200e"),
     ("phone", "+44 20 7946 0958"),
@@ -36,7 +37,10 @@ DEFAULT = build_rules(only("personal_data", **REPLACEMENTS))
 
 
 @pytest.mark.parametrize(("kind", "data"), FOUND)
-@pytest.mark.parametrize("around", ["{}", "Write to {}.", "({}), or", "a: {};\nb", "<{}>", "call {} now"])
+@pytest.mark.parametrize(
+    "around",
+    ["{}", "Write to {}.", "({}), or", "a: {};\nb", "<{}>", "call {} now", "ask {}. Then"],
+)
 def test_what_is_masked(kind: str, data: str, around: str) -> None:
     outcome = clean_document(around.format(data), DEFAULT)
     assert outcome.text == around.format(REPLACEMENTS[kind])
@@ -96,6 +100,10 @@ LOOK_ALIKES = [
 def test_look_alikes_stay(text: str) -> None:
     outcome = clean_document(text, DEFAULT)
     assert (outcome.text, outcome.changes) == (text, [])
+
+
+def test_addresses_in_urls_are_masked() -> None:
+    assert clean_document("http://8.8.4.4:80/x", DEFAULT).text == "http://<IP_ADDRESS>:80/x"
 
 
 def test_all_are_counted() -> None:
