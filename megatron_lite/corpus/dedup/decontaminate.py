@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_lite.corpus import _text
 from megatron_lite.corpus.dedup.state import EXAMPLES, Corpus, Task, Texts, excerpt
@@ -163,17 +162,17 @@ class _Cut:
     def __call__(self, at: int, text: bytes) -> bytes:
         if at not in self._hit:
             return text
-        bounds = np.array([match[:2] for match in self._searcher.matches(text)])
+        bounds = [(begin, end) for begin, end, _, _ in self._searcher.matches(text)]
         removed = spans(bounds, self._rule.around, text)
         if len(self.samples) < EXAMPLES:
             self.samples += [text[begin:end] for begin, end in removed[:EXAMPLES]]
         return cut_out(text, removed, self._rule.piece, self._rule.pieces)
 
 
-def spans(bounds: NDArray[np.int64], around: int, text: bytes) -> list[tuple[int, int]]:
+def spans(bounds: Sequence[tuple[int, int]], around: int, text: bytes) -> list[tuple[int, int]]:
     """`bounds` widened by `around` bytes, to whole characters, and joined where they meet; in order."""
     found: list[tuple[int, int]] = []
-    for begin, end in sorted(bounds.tolist()):
+    for begin, end in sorted(bounds):
         begin, end = max(begin - around, 0), min(end + around, len(text))
         while begin > 0 and text[begin] & 0xC0 == 0x80:
             begin -= 1

@@ -59,7 +59,7 @@ def dedup_corpus(
     for path in (output, report):
         if path is not None and Path(path).resolve() in {Path(file).resolve() for file in files}:
             raise CorpusError(f"{path}: is among the inputs; write to another place")
-    with _workspace(Path(output)) as folder, worker_pool(workers) as pool:
+    with workspace(Path(output)) as folder, worker_pool(workers) as pool:
         corpus = Corpus(
             files,
             folder,
@@ -128,7 +128,7 @@ def _count(corpus: Corpus, verdict: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _workspace(output: Path) -> Iterator[Path]:
+def workspace(output: Path) -> Iterator[Path]:
     """An empty folder beside `output`, removed at the end. What a killed run left there is cleared first; its workers,
     if they still run, have lost their folder and cannot write into the new one."""
     output.parent.mkdir(parents=True, exist_ok=True)
