@@ -1,38 +1,47 @@
-"""From text files to PREFIX_KEY_document.{bin,idx}: the same bytes for any number of workers."""
+"""From text files to PREFIX_KEY_document.{bin,idx}: the same bytes for any number of workers, interrupted or not."""
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_lite.corpus.reader import CHUNK_BYTES, Chunk, CorpusError, Problem, parse_chunk, read_chunks
-from megatron_lite.data import IndexedDatasetWriter, token_dtype
-from megatron_lite.tokenizers import Tokenizer, load_tokenizer
+from megatron_lite.corpus.chunk_encoder import ChunkEncoder, Encoded, EncodeSettings
+from megatron_lite.corpus.files import CorpusError, expand_inputs
+from megatron_lite.corpus.journal import Journal
+from megatron_lite.corpus.progress import Progress
+from megatron_lite.corpus.reader import Chunk, Problem
+from megatron_lite.corpus.shards import WHOLE, Part, Shard, read_parts, write_manifest
+from megatron_lite.data import DatasetError, IndexedDatasetWriter, Sidecar, WriterState, write_sidecar
+from megatron_lite.data.sidecar import Checksums, check_place
+from megatron_lite.data.writer import publish
 
 logger = logging.getLogger(__name__)
 
-_CHUNKS_PER_WORKER = 4  # in flight: bounds memory while keeping every worker busy
+_UNFINISHED = ".partial"
+_FAST_CHUNK, _CHUNK = 2 << 20, 1 << 20  # more would hold more memory, and not be faster
+_PER_WORKER = 2  # chunks in flight: bounds memory while keeping every worker busy
 
 
 class KeyStats(NamedTuple):
     """What one JSON key gave: documents with tokens, documents without, tokens (eod included)."""
 
-    written: int
-    empty: int
-    tokens: int
+    written: int = 0
+    empty: int = 0
+    tokens: int = 0
 
 
 @dataclass
@@ -46,87 +55,189 @@ class EncodeStats:
     seconds: float = 0.0
 
 
-class _Encoded(NamedTuple):
-    """One chunk's ids, back to back, and lengths (0: an empty document), per key."""
+@dataclass
+class _Done:
+    """What is on disk for good: the state that the journal keeps."""
 
-    tokens: list[NDArray[Any]]
-    lengths: list[NDArray[np.int64]]
-    problems: list[Problem]
-    input_bytes: int
+    file: int = 0
+    chunks: int = 0  # of that file
+    stats: EncodeStats = field(default_factory=EncodeStats)
+    writers: dict[str, WriterState] = field(default_factory=dict)
+    checksums: dict[str, Checksums] = field(default_factory=dict)  # of the finished files
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> _Done:
+        stats = EncodeStats(**content["stats"])
+        stats.keys = {key: KeyStats(*value) for key, value in stats.keys.items()}
+        return cls(
+            content["file"],
+            content["chunks"],
+            stats,
+            {key: WriterState(*value) for key, value in content["writers"].items()},
+            {key: Checksums(*value) for key, value in content["checksums"].items()},
+        )
 
 
-class _Encoder:
-    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
-        self.tokenizer = tokenizer
-        self.keys = tuple(keys)
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self._eod = [tokenizer.eod_id] if append_eod else []
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same throughout."""
 
-    def __call__(self, chunk: Chunk) -> _Encoded:
-        documents, problems = parse_chunk(chunk, self.keys)
-        tokens, lengths = [], []
-        for number in range(len(self.keys)):
-            encoded = self.tokenizer.encode_batch([texts[number] for texts in documents])
-            # A text without ids gets no eod either: an empty document, as Megatron writes it.
-            ids = [document + self._eod if document else document for document in encoded]
-            tokens.append(np.fromiter(chain.from_iterable(ids), dtype=self.dtype))
-            lengths.append(np.fromiter(map(len, ids), dtype=np.int64))
-        return _Encoded(tokens, lengths, problems, chunk.size)
+    encoder: ChunkEncoder
+    files: list[str]
+    sizes: list[int]
+    shard: Shard
+    datasets: dict[str, str]  # prefix by key
+    workers: int
+    chunk_bytes: int
+    on_error: str
+    max_documents: int | None
+    journal_seconds: float
 
 
 def encode_corpus(
     inputs: Sequence[str | Path],
     output_prefix: str | Path,
-    tokenizer: str,
+    settings: EncodeSettings | str,
     *,
-    keys: Sequence[str] = ("text",),
-    append_eod: bool = False,
     workers: int = 1,
     on_error: Literal["stop", "skip"] = "stop",
-    chunk_bytes: int = CHUNK_BYTES,
+    max_documents: int | None = None,
+    shard: Shard = WHOLE,
+    restart: bool = False,
+    chunk_bytes: int | None = None,
+    journal_seconds: float = 5.0,
+    progress: Progress | None = None,
 ) -> EncodeStats:
-    """Encode `inputs` in order to OUTPUT_PREFIX_KEY_document.{bin,idx} for each key, byte for byte as
+    """Encode `inputs` in order to OUTPUT_PREFIX_KEY_document.{bin,idx,json} for each key, byte for byte as
     Megatron-core.
 
-    inputs: .jsonl files (any other ending too), .txt files (one document each), either also as .gz
-    tokenizer: specification for `load_tokenizer`; each worker loads its own
-    append_eod: end each document with the tokenizer's eod
+    inputs: files, folders and globs, see `read_chunks`
+    settings: or the tokenizer's specification alone
+    workers: threads where gigatoken encodes, else processes
     on_error: "stop" at a bad line, or "skip" it with a warning
+    max_documents: take no more than the first so many
+    shard: the part of the input to take, see `read_parts`; written to `shard.of(output_prefix)` with a manifest
+    restart: start anew where an interrupted run could be continued
+    journal_seconds: what an interruption loses at most
 
-    Raises CorpusError (a ValueError) for bad input; then, as after any other exception, nothing is written
-    and what stood there before is untouched.
+    Raises ValueError for bad input or settings; then nothing is written, and what stood there before is untouched.
+    After any other exception, or kill -9, the same call continues.
     """
     started = time.monotonic()
-    encoder = _Encoder(load_tokenizer(tokenizer), keys, append_eod)
-    if append_eod and encoder.tokenizer.eod_id is None:
-        raise CorpusError(f"{tokenizer}: has no end-of-document token to append; leave --append-eod out")
-    stats = EncodeStats()
-    totals = {key: np.zeros(3, dtype=np.int64) for key in keys}
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(IndexedDatasetWriter(f"{output_prefix}_{key}_document", encoder.dtype))
-            for key in keys
-        ]
-        chunks = read_chunks(inputs, chunk_bytes)
-        if workers > 1:
-            results = _in_processes(chunks, workers, (tokenizer, tuple(keys), append_eod))
-        else:
-            results = (encoder(chunk) for chunk in chunks)
-        stack.enter_context(closing(results))
-        for result in results:
-            _report(result.problems, on_error)
-            for key, writer, tokens, lengths in zip(
-                keys, writers, result.tokens, result.lengths, strict=True
-            ):
-                writer.add_documents(tokens, lengths)
-                full = int(np.count_nonzero(lengths))
-                totals[key] += (full, len(lengths) - full, len(tokens))
-            stats.rejected += len(result.problems)
-            stats.read += len(result.problems) + len(result.lengths[0])
-            stats.input_bytes += result.input_bytes
-    stats.keys = {key: KeyStats(*map(int, total)) for key, total in totals.items()}
-    stats.seconds = time.monotonic() - started
-    return stats
+    if isinstance(settings, str):
+        settings = EncodeSettings(settings)
+    if max_documents is not None and shard.total > 1:
+        raise CorpusError(
+            "the first documents of a shard are not the first of all: take no shards with a maximum"
+        )
+    files = expand_inputs(inputs)
+    stamps = [os.stat(path) for path in files]
+    encoder = ChunkEncoder(settings)
+    prefix = shard.of(os.fspath(output_prefix))
+    datasets = {key: f"{prefix}_{key}_{settings.level}" for key in settings.keys}
+    for dataset in datasets.values():
+        check_place(dataset)
+    chunk_bytes = chunk_bytes or (_FAST_CHUNK if encoder.shares_threads else _CHUNK)
+    sizes = [stamp.st_size for stamp in stamps]
+    # (Workers are not part of it: they may change from one attempt to the next.)
+    identity = {
+        "inputs": [
+            [path, stamp.st_size, stamp.st_mtime_ns] for path, stamp in zip(files, stamps, strict=True)
+        ],
+        "settings": asdict(settings) | {"on_error": on_error, "max_documents": max_documents},
+        "tokenizer": encoder.tokenizer.fingerprint(),
+        "gigatoken": encoder.shares_threads,
+        "chunks": chunk_bytes,
+    }
+    run = _Run(
+        encoder, files, sizes, shard, datasets, workers, chunk_bytes, on_error, max_documents, journal_seconds
+    )
+    with Journal(prefix, identity, restart) as journal:
+        done = _resume(journal, settings.keys)
+        if not done.checksums:
+            done = _encode(run, done, journal, progress)
+        _publish(run, done)
+        if shard.total > 1:
+            write_manifest(os.fspath(output_prefix), shard, _manifest(run, done, identity))
+        journal.remove()
+    done.stats.seconds = time.monotonic() - started
+    return done.stats
+
+
+def _resume(journal: Journal, keys: Sequence[str]) -> _Done:
+    if journal.last is None:
+        return _Done(stats=EncodeStats(keys={key: KeyStats() for key in keys}))
+    done = _Done.of(journal.last)
+    logger.info("continuing an interrupted run after %s documents", f"{done.stats.read:,}")
+    return done
+
+
+def _encode(run: _Run, done: _Done, journal: Journal, progress: Progress | None) -> _Done:
+    """All that is not done yet; the files are then finished, but not in place."""
+    done = replace(done, stats=replace(done.stats, keys=dict(done.stats.keys)))
+    try:
+        writers = {
+            key: IndexedDatasetWriter(prefix, run.encoder.dtype, _UNFINISHED, done.writers.get(key))
+            for key, prefix in run.datasets.items()
+        }
+    except DatasetError as error:
+        raise CorpusError(f"{error}: changed since the interruption; --restart starts anew") from None
+    parts = read_parts(run.files, run.sizes, run.shard, run.chunk_bytes, (done.file, done.chunks))
+    if progress is not None:
+        progress.start(sum(run.sizes) if run.shard.total == 1 else None, done.stats)
+    try:
+        with ExitStack() as stack:
+            if progress is not None:
+                stack.callback(progress.close)
+            saved = time.monotonic()
+            for part, encoded in stack.enter_context(closing(_encoded(run, parts))):
+                _write(run, encoded, part, writers, done)
+                if progress is not None:
+                    progress.update(part.position, done.stats)
+                if time.monotonic() - saved >= run.journal_seconds:
+                    _save(journal, done, writers)
+                    saved = time.monotonic()
+                if (
+                    run.max_documents is not None
+                    and done.stats.read - done.stats.rejected >= run.max_documents
+                ):
+                    break
+            for key, writer in writers.items():
+                writer.finish()
+                done.checksums[key] = writer.checksums
+            _save(journal, done, writers)
+    except ValueError:  # the input's fault: the same command would not get further
+        for writer in writers.values():
+            writer.discard()
+        journal.remove()
+        raise
+    return done
+
+
+def _write(
+    run: _Run, encoded: Encoded, part: Part, writers: dict[str, IndexedDatasetWriter], done: _Done
+) -> None:
+    _report(encoded.problems, run.on_error)
+    stats, documents = done.stats, encoded.documents
+    if run.max_documents is not None:
+        documents = min(documents, run.max_documents - (stats.read - stats.rejected))
+    for (key, writer), ids in zip(writers.items(), encoded.keys, strict=True):
+        ids = ids.first(documents)
+        writer.add_documents(*ids)
+        written = int(np.count_nonzero(ids.counts))
+        before = stats.keys[key]
+        stats.keys[key] = KeyStats(
+            before.written + written, before.empty + documents - written, before.tokens + len(ids.tokens)
+        )
+    stats.read += documents + len(encoded.problems)
+    stats.rejected += len(encoded.problems)
+    stats.input_bytes += part.chunk.size
+    done.file, done.chunks = part.file, part.number + 1
+
+
+def _save(journal: Journal, done: _Done, writers: dict[str, IndexedDatasetWriter]) -> None:
+    done.writers = {key: writer.sync() for key, writer in writers.items()}
+    journal.add(asdict(done))
 
 
 def _report(problems: list[Problem], on_error: str) -> None:
@@ -136,33 +247,89 @@ def _report(problems: list[Problem], on_error: str) -> None:
         logger.warning("%s (left out)", problem)
 
 
-_worker_encoder: _Encoder
+def _publish(run: _Run, done: _Done) -> None:
+    """Put the finished files in place, with their sidecars. Done again after a crash in between, it completes it."""
+    settings, tokenizer = run.encoder.settings, run.encoder.tokenizer
+    for key, prefix in run.datasets.items():
+        publish(prefix, _UNFINISHED)
+        state = done.writers[key]
+        sidecar = Sidecar(
+            tokenizer=settings.tokenizer,
+            fingerprint=tokenizer.fingerprint(),
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+            append_eod=settings.append_eod,
+            special_tokens=settings.special_tokens,
+            dtype=run.encoder.dtype.name,
+            documents=state.documents,
+            sequences=state.sequences,
+            tokens=state.tokens,
+            checksums=done.checksums[key],
+        )
+        write_sidecar(prefix, sidecar)
 
 
-def _start_worker(tokenizer: str, keys: tuple[str, ...], append_eod: bool) -> None:
+def _manifest(run: _Run, done: _Done, identity: dict[str, Any]) -> dict[str, Any]:
+    # Names and sizes: on another machine the same files may lie elsewhere and have other times.
+    inputs = [[os.path.basename(path), size] for path, size in zip(run.files, run.sizes, strict=True)]
+    settings = {
+        key: value for key, value in identity["settings"].items() if key not in ("tokenizer", "encoder")
+    }
+    return {
+        "inputs": inputs,
+        "settings": json.loads(
+            json.dumps(settings | {"chunks": run.chunk_bytes, "tokenizer": identity["tokenizer"]})
+        ),
+        "datasets": [f"{key}_{run.encoder.settings.level}" for key in run.datasets],
+        "read": done.stats.read,
+        "rejected": done.stats.rejected,
+        "counts": {key: counts._asdict() for key, counts in done.stats.keys.items()},
+        "checksums": {key: checksums._asdict() for key, checksums in done.checksums.items()},
+    }
+
+
+_worker_encoder: ChunkEncoder
+
+
+def _start_worker(settings: EncodeSettings) -> None:
     global _worker_encoder
-    _worker_encoder = _Encoder(load_tokenizer(tokenizer), keys, append_eod)
+    _worker_encoder = ChunkEncoder(settings)
 
 
-def _work(chunk: Chunk) -> _Encoded:
+def _work(chunk: Chunk) -> Encoded:
     return _worker_encoder(chunk)
 
 
-def _in_processes(
-    chunks: Iterator[Chunk], workers: int, settings: tuple[str, tuple[str, ...], bool]
-) -> Generator[_Encoded]:
-    """`_Encoder` over the chunks in their order, a bounded number of them in flight."""
-    # Spawned, not forked: tokenizer libraries keep threads, which a fork would break.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, settings)
-    flight: deque[Future[_Encoded]] = deque()
+def _encoded(run: _Run, parts: Iterator[Part]) -> Generator[tuple[Part, Encoded]]:
+    """Every part encoded, in their order, a bounded number of them in flight."""
+    if run.encoder.shares_threads:
+        # Threads, of which one reads and writes: memory and start are a process's, not many processes'.
+        yield from _in_flight(ThreadPoolExecutor(run.workers), run.encoder, parts, run.workers)
+    elif run.workers > 1:
+        # Spawned, not forked: tokenizer libraries keep threads, which a fork would break.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(run.workers, context, _start_worker, (run.encoder.settings,))
+        yield from _in_flight(pool, _work, parts, run.workers)
+    else:
+        yield from ((part, run.encoder(part.chunk)) for part in parts)
+
+
+def _in_flight(
+    pool: Executor, work: Any, parts: Iterator[Part], workers: int
+) -> Generator[tuple[Part, Encoded]]:
+    flight: deque[tuple[Part, Future[Encoded]]] = deque()
+
+    def submit(count: int) -> None:
+        flight.extend((part, pool.submit(work, part.chunk)) for part in islice(parts, count))
+
     try:
-        flight.extend(pool.submit(_work, chunk) for chunk in islice(chunks, workers * _CHUNKS_PER_WORKER))
+        submit(workers * _PER_WORKER)
         while flight:
-            yield flight.popleft().result()
-            flight.extend(pool.submit(_work, chunk) for chunk in islice(chunks, 1))
+            part, future = flight.popleft()
+            yield part, future.result()
+            submit(1)
     except BrokenProcessPool:
-        raise CorpusError(
+        raise ChildProcessError(
             "a worker process ended unexpectedly, often for lack of memory: try fewer workers"
         ) from None
     finally:

@@ -74,11 +74,17 @@ def sidecar_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(prefix) + ".json")
 
 
-def write_sidecar(prefix: str | os.PathLike[str], sidecar: Sidecar) -> None:
-    """Write PREFIX.json at once. Raises DatasetError where a file stands there that is no sidecar."""
+def check_place(prefix: str | os.PathLike[str]) -> None:
+    """Raise DatasetError where PREFIX.json is a file that is no sidecar."""
     path = sidecar_path(prefix)
     if path.exists() and _load(path) is None:
         raise DatasetError(f"{path}: would be written over, and is not a dataset's: take another prefix")
+
+
+def write_sidecar(prefix: str | os.PathLike[str], sidecar: Sidecar) -> None:
+    """Write PREFIX.json at once. Raises DatasetError where a file stands there that is no sidecar."""
+    check_place(prefix)
+    path = sidecar_path(prefix)
     content = {"format": FORMAT, "version": VERSION, **asdict(sidecar)}
     content["checksums"] = {f"crc32 of .{end}": value for end, value in sidecar.checksums._asdict().items()}
     temporary = Path(f"{path}.tmp-{os.getpid()}")

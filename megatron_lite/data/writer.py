@@ -155,7 +155,8 @@ class IndexedDatasetWriter:
 
     def sync(self) -> WriterState:
         """Everything so far is on disk for good: what another writer can continue from."""
-        self._flush()
+        if self._files:
+            self._flush()
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())

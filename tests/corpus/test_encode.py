@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lite.corpus import CorpusError, encode_corpus
+from megatron_lite.corpus import CorpusError, EncodeSettings, encode_corpus
 from megatron_lite.data import IndexedDataset
 from megatron_lite.tokenizers import CharTokenizer, TokenizerError
 
@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("append_eod", [False, True])
 def test_documents_are_written_in_order(tmp_path: Path, append_eod: bool) -> None:
     path = write_lines(tmp_path / "x.jsonl", TEXTS)
-    stats = encode_corpus([path, path], tmp_path / "o" / "x", "byte", append_eod=append_eod)
+    stats = encode_corpus([path, path], tmp_path / "o" / "x", EncodeSettings("byte", append_eod=append_eod))
     dataset = IndexedDataset(tmp_path / "o" / "x_text_document")
     eod = [256] if append_eod else []
     expected = [[*text.encode(), *eod] for text in TEXTS * 2 if text]
@@ -43,11 +43,10 @@ def test_documents_are_written_in_order(tmp_path: Path, append_eod: bool) -> Non
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
     texts = [f"document {number} " * (number % 17) for number in range(400)]
     path = write_lines(tmp_path / "x.jsonl", texts)
+    settings = EncodeSettings("byte", append_eod=True)
     for workers in (1, 3):
-        encode_corpus(
-            [path], tmp_path / f"w{workers}", "byte", workers=workers, append_eod=True, chunk_bytes=999
-        )
-    encode_corpus([path], tmp_path / "one_chunk", "byte", append_eod=True)
+        encode_corpus([path], tmp_path / f"w{workers}", settings, workers=workers, chunk_bytes=999)
+    encode_corpus([path], tmp_path / "one_chunk", settings)
     first = read(tmp_path / "w1_text_document")
     assert first == read(tmp_path / "w3_text_document") == read(tmp_path / "one_chunk_text_document")
 
@@ -87,7 +86,7 @@ def test_bad_lines_can_be_left_out(tmp_path: Path, workers: int, caplog: pytest.
 def test_several_keys_are_several_pairs(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "ab", "title": ""}\n{"text": "c", "title": "T"}\n')
-    stats = encode_corpus([path], tmp_path / "x", "byte", keys=["text", "title"])
+    stats = encode_corpus([path], tmp_path / "x", EncodeSettings("byte", ("text", "title")))
     assert [s.tolist() for s in IndexedDataset(tmp_path / "x_text_document")] == [[97, 98], [99]]
     title = IndexedDataset(tmp_path / "x_title_document")
     assert [s.tolist() for s in title] == [[84]] and title.num_documents == 2
@@ -120,7 +119,7 @@ def test_no_eod_to_append_is_named(tmp_path: Path) -> None:
     Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "t.json"))
     path = write_lines(tmp_path / "x.jsonl", ["a"])
     with pytest.raises(CorpusError, match="no end-of-document token"):
-        encode_corpus([path], tmp_path / "x", f"hf:{tmp_path}/t.json", append_eod=True)
+        encode_corpus([path], tmp_path / "x", EncodeSettings(f"hf:{tmp_path}/t.json", append_eod=True))
 
 
 def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path: Path) -> None:

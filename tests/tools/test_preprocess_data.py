@@ -65,7 +65,7 @@ def test_bad_input_is_one_message_exit_2_and_no_output(tmp_path: Path) -> None:
     assert done.returncode == 2 and "x.jsonl:2: not JSON" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
     done = run("preprocess_data.py", *arguments, "--on-error", "skip", cwd=tmp_path)
-    assert done.returncode == 0 and "rejected 1" in done.stdout and "x.jsonl:2: not JSON" in done.stderr
+    assert done.returncode == 3 and "rejected 1" in done.stdout and "x.jsonl:2: not JSON" in done.stderr
     for bad in (["--tokenizer", "bite"], ["--input", "absent"], ["--workers", "0"]):
         done = run("preprocess_data.py", *arguments, *bad, cwd=tmp_path)
         assert done.returncode == 2 and "Traceback" not in done.stderr, bad
