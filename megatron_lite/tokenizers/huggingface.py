@@ -51,6 +51,7 @@ class HuggingFaceTokenizer:
         self._fingerprint = fingerprint
         vocabulary = library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.unknown_id = vocabulary.get(getattr(library.model, "unk_token", None) or "")
         self.eod_id = next((vocabulary[eod] for eod in _EOD_NAMES if eod in vocabulary), None)
 
     @classmethod

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from megatron_lite.tokenizers import ByteTokenizer, CharTokenizer
+from megatron_lite.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from megatron_lite.tokenizers.measure import Measure, Sample, first_difference, measure, table
 
 SAMPLES = [Sample("x:1", "né ne"), Sample("x:2", "ne!"), Sample("x:7", "?")]
@@ -42,3 +44,12 @@ def test_the_table() -> None:
 )
 def test_first_difference(text: str, back: str, expected: str) -> None:
     assert first_difference(text, back) == expected
+
+
+def test_unknown_tokens_of_libraries_are_counted(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"ne": 0, "[?]": 1}, unk_token="[?]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "t.json"))
+    result = measure(load_tokenizer(f"hf:{tmp_path}/t.json"), SAMPLES)
+    assert (result.tokens, result.unknown) == (5, 3)
