@@ -1,8 +1,9 @@
 """Clean a corpus: repair its text, drop documents and lines that the enabled rules name, mask personal data.
 
 Input is JSON lines, plain text, Parquet, WARC or WET, also compressed; output is JSON lines with every other field as
-it was, in the order of the input. The defaults are the published rules for English web pages: print them with
---print-settings, and give what should differ in --settings FILE.
+it was, in the order of the input. The defaults are the published rules for English web pages, where a line is a
+paragraph: print them with --print-settings, and give what should differ in --settings FILE. For code, other languages
+or text with wrapped lines begin with examples/cleaning/any_text.json, which repairs and masks and drops nothing.
 
 Exit status: 0 done, 2 bad input or settings (nothing is written then), 3 done, but bad input was left out.
 """

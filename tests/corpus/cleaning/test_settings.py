@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.corpus.cleaning import CleaningSettings, load_settings
+from megatron_lite.corpus.cleaning import CleaningSettings, build_rules, load_settings
 from megatron_lite.corpus.cleaning.rules import _RULES
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "cleaning"
@@ -71,4 +71,5 @@ def test_the_examples() -> None:
     assert json.loads((EXAMPLES / "english_web.json").read_text()) == CleaningSettings().model_dump(
         mode="json"
     )
-    assert not load_settings(EXAMPLES / "any_text.json").c4.enabled
+    rules = [name for name, _ in build_rules(load_settings(EXAMPLES / "any_text.json"))]
+    assert rules == ["unicode", "control_characters", "whitespace", "language", "personal_data", "length"]
