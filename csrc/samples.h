@@ -57,8 +57,15 @@ inline void mark_by_eod(const Row& row, const Ends& ends) {
   }
 }
 
+// One version for each instruction set; the processor's own is chosen when the module is loaded.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MLITE_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define MLITE_CLONES
+#endif
+
 template <typename Id>
-void widen(const void* data, int64_t first, int64_t count, int64_t* out, Range& range) {
+MLITE_CLONES void widen(const void* data, int64_t first, int64_t count, int64_t* out, Range& range) {
   const Id* ids = static_cast<const Id*>(data) + first;
   Id low = ids[0], high = ids[0];
   for (int64_t i = 0; i < count; ++i) {
@@ -77,6 +84,8 @@ class Samples {
   virtual int64_t size() const = 0;
   virtual int64_t length() const = 0;  // tokens of a sample
   virtual void read(int64_t sample, const Ends& ends, const Row& row, Range& range) const = 0;
+  // Asks for the ids of a sample that is read soon; any number will do.
+  virtual void prefetch(int64_t sample) const = 0;
 
  protected:
   void check(int64_t sample) const {
@@ -115,6 +124,16 @@ class IndexedSamples : public Samples {
     if (packed_) return read_packed(position, second, ends, row, range);
     read_stream(position, second, row, range);
     mark_by_eod(row, ends);
+  }
+
+  void prefetch(int64_t sample) const override {
+    if (sample < 0 || sample >= size()) return;
+    const int64_t position = starts_[2 * (first_ + sample)];
+    if (position < 0 || position >= stream_.size()) return;
+    const int64_t first = stream_.begin(position) + (packed_ ? 0 : starts_[2 * (first_ + sample) + 1]);
+    const char* begin = static_cast<const char*>(ids_) + offsets_[stream_.document(position)] + first * itemsize_;
+    const int64_t bytes = std::min<int64_t>(length_ * itemsize_, 8192);  // more would push out what is being read
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(begin + byte);
   }
 
  private:
@@ -232,6 +251,13 @@ class BlendedSamples : public Samples {
     members_[member]->read(sample_.data()[sample], ends, row, range);
   }
 
+  void prefetch(int64_t sample) const override {
+    if (sample < 0 || sample >= size()) return;
+    const int16_t member = dataset_.data()[sample];
+    if (member >= 0 && member < static_cast<int64_t>(members_.size()))
+      members_[member]->prefetch(sample_.data()[sample]);
+  }
+
  private:
   std::vector<std::shared_ptr<Samples>> members_;
   Array<int16_t> dataset_;
@@ -279,7 +305,9 @@ inline py::tuple read_batch(const Samples& samples, const Array<int64_t>& number
     throw std::invalid_argument("the arrays of a batch must all be [samples, length]");
   Range range;
   const int64_t* number = numbers.data();
-  for_each_row(numbers.size(), tokens, labels, mask, positions, segments, [&](int64_t i, const Row& row) {
+  const int64_t count = numbers.size();
+  for_each_row(count, tokens, labels, mask, positions, segments, [&](int64_t i, const Row& row) {
+    if (i + 1 < count) samples.prefetch(number[i + 1]);
     samples.read(number[i], Ends{eod, mask_loss}, row, range);
   });
   return py::make_tuple(range.low, range.high);

@@ -7,6 +7,7 @@ goes on exactly where it stopped, also with other batch sizes or another number 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from collections import deque
@@ -63,6 +64,8 @@ class _Blocks:
             memory = None
         if memory is None or len(memory) < size:
             memory = mmap.mmap(-1, size)
+            with contextlib.suppress(AttributeError, OSError):  # only Linux has them, and not every one
+                memory.madvise(mmap.MADV_HUGEPAGE)
         # Every view of this array refers to it, since what it refers to in turn is not an array.
         block = np.frombuffer(memory, np.uint8, size)
         weakref.finalize(block, self._free.append, memory).atexit = False

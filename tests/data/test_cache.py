@@ -47,6 +47,49 @@ def test_a_damaged_entry_is_built_again(tmp_path: Path, name: str) -> None:
     assert build.calls == 1, "and stored again"
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_changed_byte_is_seen(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """An entry of the right size: a disk error, or a copy that did not end."""
+    cached(tmp_path, {"seed": 1}, Builder())
+    (damaged,) = tmp_path.glob(f"*/{name}.npy")
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    assert cached(tmp_path, {"seed": 1}, Builder())[name].tolist() == Builder()()[name].tolist()
+    assert "is damaged: built again" in caplog.text
+    build = Builder()
+    cached(tmp_path, {"seed": 1}, build)
+    assert build.calls == 0
+
+
+def test_an_entry_of_an_older_version_is_built_again(tmp_path: Path) -> None:
+    cached(tmp_path, {"seed": 1}, Builder())
+    (record,) = tmp_path.glob("*/key.json")
+    record.write_text('{"key": {}, "arrays": ["a", "b"]}')
+    assert cached(tmp_path, {"seed": 1}, Builder())["a"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    cached(tmp_path, {"seed": 1}, Builder())
+    (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    left = tmp_path / f"{entry.name}.tmp-{cache.socket.gethostname()}-abc"
+    entry.rename(left)
+    elsewhere = tmp_path / f"{entry.name}.tmp-another-node-abc"
+    elsewhere.mkdir()
+    cached(tmp_path, {"seed": 1}, Builder())
+    assert entry.exists() and not left.exists() and elsewhere.exists(), "another node may be at work"
+
+
+def test_it_says_what_it_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        cached(tmp_path, {"seed": 1}, Builder(), "train samples of x")
+        cached(tmp_path, {"seed": 1}, Builder(), "train samples of x")
+    assert [record.getMessage().partition(" in")[0] for record in caplog.records] == [
+        "train samples of x: built",
+        "train samples of x: found",
+    ]
+
+
 def test_a_missing_array_is_built_again(tmp_path: Path) -> None:
     cached(tmp_path, {"seed": 1}, Builder())
     next(tmp_path.glob("*/b.npy")).unlink()

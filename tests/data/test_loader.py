@@ -1,10 +1,24 @@
+import gc
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from megatron_lite.config import build_config
-from megatron_lite.data import DataLoader, DatasetError, make_loader
+from megatron_lite.data import (
+    BlendedDataset,
+    DataLoader,
+    DatasetError,
+    GPTDataset,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    _index,
+    make_loader,
+)
+from megatron_lite.data.blend import blend_index
+from megatron_lite.data.sample_index import epoch_order
+
+from .conftest import MakePrefix
 
 
 class Numbered:
@@ -174,3 +188,149 @@ def test_sizes_are_checked() -> None:
         DataLoader(Numbered(9), 2, 6, 0, 2)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         DataLoader(Numbered(9), 1, 2, 2, 2)
+
+
+def restarted_positions(ends: np.ndarray) -> np.ndarray:
+    """[b, S] positions that start again at 0 after each True of `ends` [b, S]."""
+    positions = np.arange(ends.shape[1], dtype=np.int64)
+    starts = np.zeros(ends.shape, dtype=np.int64)
+    starts[:, 1:] = np.where(ends[:, :-1], positions[1:], 0)
+    return positions - np.maximum.accumulate(starts, axis=1)
+
+
+def segment_numbers(ends: np.ndarray) -> np.ndarray:
+    """[b, S] numbers 0, 1, … that go up after each True of `ends` [b, S]."""
+    segments = np.zeros(ends.shape, dtype=np.int32)
+    np.cumsum(ends[:, :-1], axis=1, out=segments[:, 1:])
+    return segments
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+def test_marks_are_those_of_numpy(share: float) -> None:
+    random = np.random.default_rng(3)
+    tokens = np.where(random.random((7, 33)) < share, 9, random.integers(10, 50, (7, 33)))
+    mask, positions = np.full((7, 33), 5, np.float32), np.full((7, 33), 5, np.int64)
+    segments = np.full((7, 33), 5, np.int32)
+    _index.mark_documents(tokens, mask, positions, segments, eod=9, mask_loss=True)
+    np.testing.assert_array_equal(mask, (tokens != 9).astype(np.float32))
+    np.testing.assert_array_equal(positions, restarted_positions(tokens == 9))
+    np.testing.assert_array_equal(segments, segment_numbers(tokens == 9))
+
+
+class InPython:
+    """A dataset without its reader, as any other that reads in Python."""
+
+    def __init__(self, dataset: GPTDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: int) -> np.ndarray:
+        return self.dataset[sample]
+
+    def batch(self, samples: Sequence[int] | range) -> np.ndarray:
+        return np.stack([self[sample] for sample in samples])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64])
+def test_reading_in_one_call_is_reading_in_python(make_prefix: MakePrefix, dtype: type) -> None:
+    """Blends, every type of ids, lengths that no instruction set's width divides, all marks."""
+    random = np.random.default_rng(5)
+    native, python = [], []
+    for name in ("a", "b", "c"):
+        lengths = random.integers(0, 60, 50)
+        with IndexedDatasetWriter(make_prefix([1], name), dtype) as writer:
+            for length in lengths:
+                writer.add_sequence(random.integers(0, 100, length).astype(dtype))
+                writer.end_document()
+        indexed = IndexedDataset(writer.prefix)
+        dataset = GPTDataset(indexed, range(len(indexed)), 60, 37, seed=1)
+        order = epoch_order(dataset.tokens, 60, 37)
+        for sample, (position, offset) in enumerate(order["starts"].tolist()):
+            documents = order["documents"][position : position + 60]
+            joined = np.concatenate([indexed[number] for number in documents])
+            np.testing.assert_array_equal(dataset[sample], joined[offset : offset + 38])
+        native.append(dataset)
+        python.append(InPython(dataset))
+    index = blend_index([0.5, 0.2, 0.3], 60)
+    flags = {"eod_mask_loss": True, "reset_position_ids": True, "reset_attention_mask": True}
+    loaders = [
+        DataLoader(BlendedDataset(members, index), 2, 12, 1, 3, eod_id=7, vocab_size=100, **flags)  # type: ignore[arg-type]
+        for members in (native, python, [native[0], python[1], native[2]])
+    ]
+    for _ in range(5):
+        for ours, *others in zip(*(loader.next_step() for loader in loaders), strict=True):
+            for other in others:
+                for one, another in zip(ours, other, strict=True):
+                    np.testing.assert_array_equal(one, another)
+                    assert one is not None and one.flags.c_contiguous and one.flags.aligned
+    for loader in loaders:
+        loader.close()
+
+
+def test_a_batch_that_is_kept_keeps_its_tokens(make_prefix: MakePrefix) -> None:
+    """Memory is used again once a batch is gone, and not before."""
+    dataset = GPTDataset(IndexedDataset(make_prefix([500])), range(1), 60, 8, seed=1)
+    loader = DataLoader(dataset, 2, 4, num_workers=0)
+    kept = [loader.next_step()[1].labels[:1] for _ in range(5)]
+    copies = [labels.copy() for labels in kept]
+    places = set()
+    for _ in range(8):
+        batch = loader.next_step()[0]
+        places.add(batch.tokens.ctypes.data)
+        del batch
+        gc.collect()
+    assert len(places) <= 2
+    for labels, copied in zip(kept, copies, strict=True):
+        np.testing.assert_array_equal(labels, copied)
+
+
+def test_a_dataset_may_begin_within_the_run() -> None:
+    loader = DataLoader(Numbered(12), 1, 4, consumed_samples=104, first_sample=100)
+    assert loader.remaining_steps == 2
+    assert numbers(loader, 2) == [[[4], [5], [6], [7]], [[8], [9], [10], [11]]]
+    with pytest.raises(DatasetError, match="ends at sample 112: a global batch of 4 from sample 112"):
+        loader.next_step()
+    loader.close()
+
+
+def test_an_index_that_points_outside_is_an_error(make_prefix: MakePrefix) -> None:
+    """A damaged cache that its checksums do not show must not read other memory."""
+    indexed = IndexedDataset(make_prefix([9, 9]))
+    spans = np.zeros((0, 2), np.int32)
+
+    def read(
+        documents: list[int], starts: list[list[int]], spans: np.ndarray = spans, packed: bool = False
+    ) -> None:
+        arrays = (np.array(documents, np.int32), spans, np.array(starts, np.int32))
+        reader = _index.IndexedSamples(
+            *(indexed.tokens, indexed.offsets, indexed.lengths, *arrays), length=4, packed=packed, first=0
+        )
+        tokens, labels = np.empty((1, 4), np.int64), np.empty((1, 4), np.int64)
+        reader.read(np.array([0]), tokens, labels)
+
+    read([0, 1], [[0, 7]])
+    for documents, starts in (
+        ([0, 2], [[0, 7]]),
+        ([0, -1], [[0, 7]]),
+        ([0, 1], [[1, 6]]),
+        ([0, 1], [[-1, 0]]),
+    ):
+        with pytest.raises(IndexError):
+            read(documents, starts)
+    with pytest.raises(IndexError):
+        read([0, 1], [[0, -1]])
+    far = np.array([[0, 40]], np.int32)
+    for packed in (False, True):
+        with pytest.raises(IndexError):
+            read([1], [[0, 1 if packed else 36]], far, packed)
+    with pytest.raises(IndexError, match="longer than a sample"):
+        read([0, 1], [[0, 2]], np.array([[0, 3], [0, 3]], np.int32), True)
+    with pytest.raises(ValueError, match=r"\[samples, length\]"):
+        _index.IndexedSamples(
+            *(indexed.tokens, indexed.offsets, indexed.lengths, np.zeros(1, np.int32), spans, spans),
+            length=4,
+            packed=False,
+            first=0,
+        ).read(np.array([0]), np.empty((1, 5), np.int64), np.empty((1, 5), np.int64))
