@@ -139,6 +139,7 @@ def encode_corpus(
         check_place(dataset)
     chunk_bytes = chunk_bytes or (_FAST_CHUNK if encoder.shares_threads else _CHUNK)
     sizes = [stamp.st_size for stamp in stamps]
+    workers = min(workers, 1 + sum(sizes) // chunk_bytes)  # more would have nothing to do
     # (Workers are not part of it: they may change from one attempt to the next.)
     identity = {
         "inputs": [

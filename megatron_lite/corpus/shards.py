@@ -91,7 +91,7 @@ def _parts_of(
 def write_manifest(prefix: str, shard: Shard, content: dict[str, Any]) -> None:
     """PREFIX-NUMBER-of-TOTAL.manifest.json: what the shard was made of and what it holds."""
     path = Path(shard.of(prefix) + ".manifest.json")
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    temporary = Path(f"{path}.partial")
     whole = {"format": FORMAT, "version": 1, "shard": shard.number, "shards": shard.total, **content}
     temporary.write_text(json.dumps(whole, indent=2) + "\n")
     os.replace(temporary, path)

@@ -87,7 +87,7 @@ def write_sidecar(prefix: str | os.PathLike[str], sidecar: Sidecar) -> None:
     path = sidecar_path(prefix)
     content = {"format": FORMAT, "version": VERSION, **asdict(sidecar)}
     content["checksums"] = {f"crc32 of .{end}": value for end, value in sidecar.checksums._asdict().items()}
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    temporary = Path(f"{path}.partial")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
