@@ -16,6 +16,7 @@ from megatron_lite.data.build import RunData, build_run
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import SampleDataset
 from megatron_lite.data.loader import Batch, DataLoader, make_loader
+from megatron_lite.data.sidecar import check_datasets
 from megatron_lite.model.runtime import DTYPES, Runtime
 from megatron_lite.ops import Needs, Ops, build_ops
 from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
@@ -162,6 +163,7 @@ def start(config: Config, launch: Launch) -> Run:
         tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         if tokenizer is not None:
             config = config.with_vocab_size(tokenizer.vocab_size)
+        check_datasets(config.data, None if tokenizer is None else tokenizer.fingerprint())
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
     with agreed_failure():
         metrics = Metrics(config, device, mesh.world_size, active=mesh.rank == 0)

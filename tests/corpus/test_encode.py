@@ -1,12 +1,17 @@
 import json
+import logging
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_lite.corpus import CorpusError, EncodeSettings, encode_corpus
-from megatron_lite.data import IndexedDataset
-from megatron_lite.tokenizers import CharTokenizer, TokenizerError
+from megatron_lite.corpus import CorpusError, EncodeSettings, Progress, chunk_encoder, encode_corpus
+from megatron_lite.data import DatasetError, IndexedDataset, read_sidecar
+from megatron_lite.data.sidecar import Checksums
+from megatron_lite.tokenizers import CharTokenizer, TokenizerError, load_tokenizer
+from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer
+from megatron_lite.tokenizers.train import train_bpe
 
 TEXTS = ["first", "", "ünï 🙂", "<|endoftext|>", "last\n"]
 
@@ -129,3 +134,129 @@ def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path: Path) -> None:
     encode_corpus([write_lines(tmp_path / "x.jsonl", ["一丁"])], tmp_path / "x", f"char:{tmp_path}/t.json")
     dataset = IndexedDataset(tmp_path / "x_text_document")
     assert dataset.dtype == np.int32 and dataset[0].tolist() == [0, 1]
+
+
+def test_the_first_documents_can_be_taken_alone(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["aa", "", "b", "cc", "dd"] * 20)
+    for wanted in (1, 2, 7, 1000):
+        stats = encode_corpus([path], tmp_path / "x", "byte", max_documents=wanted, chunk_bytes=70)
+        expected = (["aa", "", "b", "cc", "dd"] * 20)[:wanted]
+        dataset = IndexedDataset(tmp_path / "x_text_document")
+        assert [bytes(s.tolist()).decode() for s in dataset] == [text for text in expected if text]
+        assert stats.read == dataset.num_documents == len(expected)
+
+
+def test_a_sidecar_says_how_it_was_made(tmp_path: Path) -> None:
+    settings = EncodeSettings("byte", append_eod=True)
+    encode_corpus([write_lines(tmp_path / "x.jsonl", TEXTS)], tmp_path / "x", settings)
+    sidecar = read_sidecar(tmp_path / "x_text_document")
+    assert sidecar is not None and sidecar.checksums == Checksums.of_files(tmp_path / "x_text_document")
+    assert (sidecar.tokenizer, sidecar.vocab_size, sidecar.eod_id, sidecar.append_eod) == (
+        "byte",
+        257,
+        256,
+        True,
+    )
+    assert (sidecar.documents, sidecar.sequences, sidecar.special_tokens) == (5, 4, "plain")
+    assert sidecar.fingerprint == load_tokenizer("byte").fingerprint()
+
+
+def test_a_json_file_of_the_users_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "x_text_document.json").write_text('{"text": "mine"}')
+    with pytest.raises(DatasetError, match="would be written over"):
+        encode_corpus([tmp_path / "x_text_document.json"], tmp_path / "x", "byte")
+    assert names(tmp_path) == ["x_text_document.json"]
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_sentences_are_sequences_as_megatron_writes_them(
+    tmp_path: Path, append_eod: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a splitter of our own, NLTK being no dependency."""
+    monkeypatch.setattr(
+        chunk_encoder, "sentence_splitter", lambda language, newlines: lambda text: text.split("|")
+    )
+    texts = ["a|bc||d", "", "|", "e", "f|"]
+    path = write_lines(tmp_path / "x.jsonl", texts)
+    settings = EncodeSettings("byte", append_eod=append_eod, language="english")
+    stats = encode_corpus([path], tmp_path / "x", settings)
+    dataset = IndexedDataset(tmp_path / "x_text_sentence")
+    eod = [256] if append_eod else []
+    assert [s.tolist() for s in dataset] == [[97], [98, 99], [100, *eod], [101, *eod], [102, *eod]]
+    assert dataset.document_bounds.tolist() == [0, 3, 3, 3, 4, 5]
+    assert stats.keys["text"][:2] == (3, 2)
+
+
+def test_sentences_without_nltk_are_a_reasoned_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    path = write_lines(tmp_path / "x.jsonl", TEXTS)
+    with pytest.raises(CorpusError, match="pip install nltk"):
+        encode_corpus([path], tmp_path / "x", EncodeSettings("byte", language="english"))
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    pytest.importorskip("gigatoken")
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    train_bpe(["the cat sat on the mat, it's 1234 and  12 東京"] * 3, 300, path)
+    return f"hf:{path}"
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_gigatoken_and_the_library_write_the_same_files(tmp_path: Path, bpe: str, append_eod: bool) -> None:
+    texts = [*TEXTS, *(f"the cat {number} 東京 " * (number % 13) for number in range(200))]
+    path = write_lines(tmp_path / "x.jsonl", texts)
+    found = set()
+    for encoder, workers in (
+        ("gigatoken", 1),
+        ("gigatoken", 3),
+        ("auto", 2),
+        ("reference", 1),
+        ("reference", 2),
+    ):
+        settings = EncodeSettings(bpe, append_eod=append_eod, encoder=encoder, verify=7)  # type: ignore[arg-type]
+        encode_corpus([path], tmp_path / "x", settings, workers=workers, chunk_bytes=999)
+        found.add((*read(tmp_path / "x_text_document"), (tmp_path / "x_text_document.json").read_bytes()))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("text", ["the mat", "the mat " * 10_000])
+def test_other_ids_than_the_librarys_end_the_run(
+    tmp_path: Path, bpe: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["a", "b", "c", text])
+    encode = HuggingFaceTokenizer.encode
+    monkeypatch.setattr(
+        HuggingFaceTokenizer,
+        "encode",
+        lambda self, own: [0, *encode(self, own)] if own.startswith("the mat") else encode(self, own),
+    )
+    encode_corpus([path], tmp_path / "unseen", EncodeSettings(bpe, verify=2), workers=2)
+    encode_corpus([path], tmp_path / "unseen", EncodeSettings(bpe, verify=0), workers=2)
+    with pytest.raises(ValueError, match="gives other ids than hf:"):
+        encode_corpus([path], tmp_path / "x", EncodeSettings(bpe, verify=3), workers=2)
+    assert not list(tmp_path.glob("x_*"))
+
+
+def test_special_tokens_are_letters_unless_they_are_parsed(tmp_path: Path, bpe: str) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["a<|endoftext|>b"])
+    for kind in ("plain", "parse"):
+        encode_corpus([path], tmp_path / kind, EncodeSettings(bpe, special_tokens=kind))  # type: ignore[arg-type]
+        sidecar, ids = (
+            read_sidecar(tmp_path / f"{kind}_text_document"),
+            IndexedDataset(tmp_path / f"{kind}_text_document")[0],
+        )
+        assert sidecar is not None and sidecar.special_tokens == kind
+        assert (sidecar.eod_id in ids.tolist()) == (kind == "parse")
+
+
+def test_progress_is_logged_where_there_is_no_terminal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = write_lines(tmp_path / "x.jsonl", ["text " * 20] * 100)
+    encode_corpus([path], tmp_path / "x", "byte", chunk_bytes=500, progress=Progress(log_interval=30))
+    lines = [line for line in caplog.messages if "tokens/s" in line]
+    assert len(lines) == 3 and lines[0].startswith("3") and "MB/s" in lines[0] and "s left" in lines[0]
+    encode_corpus([path], tmp_path / "x", "byte", chunk_bytes=500, progress=Progress(bar=True))
+    assert "MB/s" in capsys.readouterr().err
