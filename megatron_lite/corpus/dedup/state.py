@@ -283,7 +283,7 @@ class Corpus:
                     if kept:
                         if first == 0:
                             kept[0] = kept[0].removeprefix(BOM)
-                        file.write(b"\n".join([*kept, b""]))
+                        file.write(with_end(b"".join(kept)))
                     first += len(lines)
                 _check_count(task, first)
 
@@ -316,13 +316,18 @@ def _rewrite(make_edit: Callable[[Task], Edit], step: int, task: Task) -> _Rewri
                 emptied.append(entry.at)
                 file.write(b"\n")
             elif text == entry.text and entry.line is not None:
-                file.write(entry.line + b"\n")
+                file.write(with_end(entry.line))
             else:
                 content = entry.content if entry.line is None else parse_line(entry.line)
                 file.write(record_line({**(content or {}), task.text_key: text.decode()}))
     _check_count(task, count)
     arrays = [np.array(part, np.int64) for part in (emptied, changed, sizes)]
     return _Rewritten(arrays[0], arrays[1], arrays[2], edit.samples)
+
+
+def with_end(lines: bytes) -> bytes:
+    """The last line of a file may lack it."""
+    return lines if lines.endswith(b"\n") else lines + b"\n"
 
 
 def _mapped(path: Path, dtype: type[Any]) -> NDArray[Any]:

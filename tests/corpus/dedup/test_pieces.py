@@ -40,25 +40,24 @@ def test_pieces_hold_what_the_reader_of_all_tools_reads(
 ) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join(lines) + ending)
-    found: list[tuple[int, str | None]] = []
+    found: list[tuple[int, str]] = []
     first = 0
     for piece in cut([path], size):
         count = None
         for entry in entries(piece, "text"):
             if isinstance(entry, Entry):
                 found.append((first + entry.at + 1, entry.text.decode()))
-                assert entry.line in (
-                    lines[first + entry.at],
-                    lines[first + entry.at].removeprefix(b"\xef\xbb\xbf"),
-                )
+                line = lines[first + entry.at]
+                assert entry.line is not None
+                assert entry.line.removesuffix(b"\n") in (line, line.removeprefix(b"\xef\xbb\xbf"))
             elif isinstance(entry, Problem):
-                found.append((first + entry.line, None))
+                found.append((first + entry.line, entry.reason))
             else:
                 count = entry
         assert count is not None, "the count comes last"
         first += count
     expected = [
-        (record.line, record.content["text"] if isinstance(record, Record) else None)
+        (record.line, record.content["text"] if isinstance(record, Record) else record.reason)
         for record in read_records([path])
     ]
     assert found == expected
