@@ -140,8 +140,9 @@ def build_run(
         _log_sources(position)
     members = [m._replace(source=s) for m, s in zip(members, position.sources, strict=False)]
     rest = max(1, samples - position.first)  # a run may begin its last mixture when it is done
+    train_set = _build(settings["train"], members, rest)
     valid, test = (_build_split(settings[name], held_out, opened) for name in ("valid", "test"))
-    return RunData(_build(settings["train"], members, rest), valid, test, position)
+    return RunData(train_set, valid, test, position)
 
 
 def _sources(members: list[_Member], seed: int) -> tuple[Source, ...]:

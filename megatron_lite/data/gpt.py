@@ -63,6 +63,7 @@ class GPTDataset:
     cache_dir: folder for the index; None: `index_cache` beside the data
 
     reader: reads samples in C++
+    order: the arrays of `sample_index`
 
     Raises DatasetError where the split is empty or too short for one sample.
     """
@@ -111,7 +112,7 @@ class GPTDataset:
             return make(self.tokens, wanted, seq_length, start_after(self.tokens, before))
 
         directory = Path(cache_dir) if cache_dir else Path(indexed.prefix).parent / "index_cache"
-        arrays = cached(directory, key, build, f"{name} samples of {indexed.prefix}")
+        arrays = self.order = cached(directory, key, build, f"{name} samples of {indexed.prefix}")
         self.reader = _index.IndexedSamples(
             *(indexed.tokens, indexed.offsets, indexed.lengths),
             *(arrays["documents"], arrays["spans"], arrays["starts"]),
