@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_lite.config import DataConfig
 from megatron_lite.data import IndexedDataset, SampleDataset, Sidecar, build_datasets
+from megatron_lite.data.audit import audit, describe
 from megatron_lite.data.statistics import (
     Bin,
     check_ids,
@@ -66,6 +67,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--full", action="store_true", help="compare the checksums in PREFIX.json (reads both files)"
     )
     parser.add_argument("--quick", action="store_true", help="leave the ids unread")
+    parser.add_argument(
+        "--consumed",
+        metavar="DIR",
+        help="what the run of this checkpoint has consumed (see tools/audit_data.py)",
+    )
     samples = parser.add_argument_group("samples in training order")
     samples.add_argument(
         "--seq-length", type=int, metavar="S", help="show training samples of this many tokens"
@@ -96,6 +102,10 @@ def inspect(options: argparse.Namespace) -> None:
     show_lengths(indexed, options.histogram)
     if not options.quick:
         show_ids(indexed, sidecar, tokenizer)
+    if options.consumed:
+        step, sources = audit(options.consumed)
+        own = [describe(source) for source in sources if source.prefix == options.prefix]
+        print("\n".join([f"consumed at step {step}:", *(own or ["  nothing: it is not in this run"])]))
     if options.documents and tokenizer is not None:
         show_documents(indexed, parse_numbers(options.documents), tokenizer)
     if options.seq_length is not None:

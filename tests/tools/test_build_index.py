@@ -11,7 +11,7 @@ import pytest
 from megatron_lite.config import load_config
 from megatron_lite.data import GPTDataset, IndexedDataset, IndexedDatasetWriter
 from megatron_lite.data.build import build_run
-from tools import audit_data, build_index
+from tools import audit_data, build_index, inspect_data
 
 
 def write(prefix: Path, documents: int) -> str:
@@ -102,6 +102,13 @@ def test_for_a_run_that_goes_on_with_another_length(
     assert "goes on after the 40 samples it gave" in shown and "80 training samples" in shown
     assert audit_data.main([str(tmp_path / "run"), "--list", str(tmp_path / "list.tsv")]) == 0
     assert capsys.readouterr().out.startswith("step 10, 40 samples\n")
+    for prefix, said in (
+        (str(tmp_path / "x"), "share 1, 40 samples"),
+        (str(tmp_path / "y"), "it is not in this run"),
+    ):
+        write(Path(prefix), 400)
+        assert inspect_data.main([prefix, "--consumed", str(tmp_path / "run")]) == 0
+        assert said in capsys.readouterr().out.partition("consumed at step 10:\n")[2]
     assert sum(int(row.split("\t")[3]) for row in (tmp_path / "list.tsv").read_text().splitlines()[1:]) == 320
 
 
