@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_lite.corpus import _text
 from megatron_lite.corpus.dedup.state import EXAMPLES, Corpus, Task, Texts, excerpt
@@ -49,22 +50,23 @@ class Decontaminate(NamedTuple):
         folder = corpus.folder / f"evaluations-{corpus.rule}"
         names, short = _prepare(self, folder)
         parts = corpus.scan(partial(_find, folder))
-        hit = np.array(
-            [base + match.at for base, part in zip(corpus.bases, parts, strict=False) for match in part],
-            np.int64,
+        none = [np.zeros(0, np.int64)]
+        positions = np.concatenate(
+            none + [base + part.at for base, part in zip(corpus.bases, parts, strict=False)]
         )
-        matches = [match for part in parts for match in part]
-        documents = np.unique(hit)
+        texts = np.concatenate(none + [part.text for part in parts])
+        words = [words for part in parts for words in part.words][:_MATCHES]
+        documents = np.unique(positions)
         report = {
             "evaluations": len(names),
             "evaluations_too_short": short,
-            "evaluations_found": len({match.text for match in matches}),
+            "evaluations_found": len(np.unique(texts)),
             "documents_matched": len(documents),
             "matches": [
-                {"document": corpus.name(position), "evaluation": names[match.text], "text": match.words}
-                for position, match in zip(hit[:_MATCHES].tolist(), matches, strict=False)
+                {"document": corpus.name(position), "evaluation": names[text], "text": run}
+                for position, text, run in zip(positions.tolist(), texts.tolist(), words, strict=False)
             ],
-            "matches_not_named": max(len(matches) - _MATCHES, 0),
+            "matches_not_named": len(positions) - len(words),
         }
         if self.cut == "document":
             corpus.drop(documents)
@@ -74,12 +76,12 @@ class Decontaminate(NamedTuple):
         return {**report, "examples": [{"removed": excerpt(text)} for text in removed[:EXAMPLES]]}
 
 
-class _Match(NamedTuple):
-    """The first run of words that document `at` of a piece shares with evaluation `text`."""
+class _Found(NamedTuple):
+    """Of a piece: document `at` shares a run of words with evaluation `text`; the first run of the first _MATCHES."""
 
-    at: int
-    text: int
-    words: str
+    at: NDArray[np.int64]
+    text: NDArray[np.int64]
+    words: list[str]
 
 
 def _prepare(rule: Decontaminate, folder: Path) -> tuple[list[str], int]:
@@ -139,16 +141,19 @@ class _Searcher:
                     yield begin, end, int(run["text"]), words
 
 
-def _find(folder: Path, task: Task, texts: Texts) -> list[_Match]:
+def _find(folder: Path, task: Task, texts: Texts) -> _Found:
     searcher = _Searcher(folder)
-    found = []
-    for index, text in texts:
+    found: list[tuple[int, int]] = []
+    named: list[str] = []
+    for at, text in texts:
         seen = set()
         for _, _, number, words in searcher.matches(text):
             if number not in seen:
                 seen.add(number)
-                found.append(_Match(index, number, words))
-    return found
+                found.append((at, number))
+                named += [words] if len(named) < _MATCHES else []
+    pairs = np.array(found, np.int64).reshape(-1, 2)
+    return _Found(pairs[:, 0], pairs[:, 1], named)
 
 
 class _Cut:
