@@ -88,11 +88,7 @@ def _batches(path: str, rows: Rows, columns: Sequence[str] | None) -> Iterator[A
         names = file.schema_arrow.names
         wanted = names if columns is None else [name for name in columns if name in names]
         yield from file.iter_batches(
-            # Some column has to be read for the rows to be counted.
-            batch_size=rows.stop - rows.start,
-            row_groups=[rows.group],
-            columns=wanted or names[:1],
-            use_threads=False,
+            batch_size=rows.stop - rows.start, row_groups=[rows.group], columns=wanted, use_threads=False
         )
 
 

@@ -172,3 +172,4 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, ending: str) -> None:
     assert path.read_bytes() == first and [entry.name for entry in path.parent.iterdir()] == [path.name]
     with open_input(str(path)) as read:
         assert read.read() == b"good"
+    assert ending != ".gz" or first[4:8] == bytes(4), "no time of day in it"

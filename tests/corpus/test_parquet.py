@@ -70,6 +70,13 @@ def test_rows_without_a_text_are_problems(tmp_path: Path) -> None:
     assert [problem.reason for problem in parse_chunk(chunk, ["x"])[1]] == ['no key "x"'] * 3
 
 
+def test_a_column_that_is_not_there_is_missing_in_every_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", {"text": TEXTS}, use_dictionary=False)
+    chunks = list(read_chunks([path], 1000))
+    problems = [problem for chunk in chunks for problem in parse_chunk(chunk, ["x"])[1]]
+    assert len(chunks) > 10 and [problem.line for problem in problems] == list(range(1, 1001))
+
+
 def test_invalid_utf8_is_a_problem_of_its_row(tmp_path: Path) -> None:
     column = pa.array([b"a", b"b\xff", b"c"]).cast(pa.binary())
     column = pa.StringArray.from_buffers(3, *column.buffers()[1:])

@@ -84,6 +84,13 @@ def test_the_encoding_is_the_one_named_or_seen(tmp_path: Path, kind: str, encodi
     assert LONG in found.content["body"]
 
 
+def test_an_encoding_that_cannot_be_seen_is_taken_from_the_server(tmp_path: Path) -> None:
+    page = html(LONG.replace("ünï", "ő"), "iso-8859-2")  # the same bytes are õ in another encoding
+    write(tmp_path / "x.warc", [response(page, "text/html; charset=ISO-8859-2")])
+    [found] = list(read_records([tmp_path]))
+    assert "ő" in found.content["text"]
+
+
 def test_compressed_pages_are_unpacked_or_a_problem(tmp_path: Path) -> None:
     from warcio.bufferedreaders import BufferedReader
 
@@ -121,7 +128,7 @@ def test_runs_of_pages_end_by_the_file_alone(tmp_path: Path) -> None:
         assert max(len(chunk.data) for chunk in chunks) == (256 if chunk_bytes > 100 else 3)
 
 
-@pytest.mark.parametrize("cut", [1, 6, 20, 60, 100, 200, 400])
+@pytest.mark.parametrize("cut", [1, 6, 20, 60, 200, 329, 400])
 @pytest.mark.parametrize("kind", ["conversion", "response", "request"])
 def test_a_file_cut_short_is_an_error(tmp_path: Path, cut: int, kind: str) -> None:
     whole = record("conversion", b"first") + record(kind, b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n" + b"x" * 300)

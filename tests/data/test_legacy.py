@@ -75,6 +75,16 @@ def test_damaged_tntidx_is_refused(tmp_path: Path, position: int, value: int, re
         open_tokens(tmp_path / "old")
 
 
+def test_offsets_that_begin_elsewhere_are_refused(tmp_path: Path) -> None:
+    write_tntidx(tmp_path / "old")
+    data = bytearray((tmp_path / "old.idx").read_bytes())
+    data[56 + 40 : 56 + 80] = struct.pack("<5q", 1, 4, 5, 5, 7)
+    (tmp_path / "old.idx").write_bytes(data)
+    (tmp_path / "old.bin").write_bytes(bytes(4) + (tmp_path / "old.bin").read_bytes())
+    with pytest.raises(DatasetError, match="the first offset is 1, not 0"):
+        open_tokens(tmp_path / "old")
+
+
 def test_tensors_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
     write_tntidx(tmp_path / "old")
     data = (tmp_path / "old.bin").read_bytes()

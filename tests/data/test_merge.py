@@ -76,6 +76,22 @@ def test_merging_and_splitting_keep_every_document(
     assert all(part.documents == per_part for part in merged[:-1])
 
 
+def test_what_the_system_cannot_copy_goes_through_memory_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sometimes(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) in (1, 3):
+            raise OSError(18, "Invalid cross-device link")
+        return copy_file_range(*arguments)
+
+    calls: list[Any] = []
+    copy_file_range = os.copy_file_range
+    monkeypatch.setattr(os, "copy_file_range", sometimes)
+    merge_datasets([write(tmp_path / str(n), [[[n] * 3]]) for n in range(4)], tmp_path / "out")
+    assert read(tmp_path / "out") == [[[n] * 3] for n in range(4)] and len(calls) >= 4
+
+
 def test_counts_and_names(tmp_path: Path) -> None:
     prefixes = [write(tmp_path / name, documents) for name, documents in (("a", A), ("b", B), ("c", C))]
     out = tmp_path / "new" / "out"
