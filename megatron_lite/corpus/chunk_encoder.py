@@ -21,7 +21,7 @@ from megatron_lite.tokenizers import (
     load_fast_tokenizer,
 )
 
-_VERIFIED = 1 << 16  # characters of a long document that are verified
+_VERIFIED = 1 << 13  # characters of a long document that are verified
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EncodeSettings:
     keys: of the JSON object, each a dataset of its own
     append_eod: end each document that has ids with the tokenizer's eod
     special_tokens, encoder: see `load_fast_tokenizer`
-    verify: every so many documents of a chunk are compared with the tokenizer's own library; 0: none
+    verify: every so many documents of a file one is compared with the tokenizer's own library; 0: none
     language: divide documents into sentences of this language, a sequence each; None: a document is a sequence
     keep_newlines: line ends between sentences stay
     """
@@ -104,14 +104,14 @@ class ChunkEncoder:
     def __call__(self, chunk: Chunk) -> Encoded:
         documents, problems = parse_chunk(chunk, self.settings.keys)
         by_key = zip(*documents, strict=True) if documents else ((),) * len(self.settings.keys)
-        return Encoded([self._encode(texts) for texts in by_key], problems)
+        return Encoded([self._encode(texts, chunk.first) for texts in by_key], problems)
 
-    def _encode(self, texts: Sequence[str]) -> Ids:
+    def _encode(self, texts: Sequence[str], first: int) -> Ids:
         if self._split is not None:
             return self._encode_sentences([self._split(text) for text in texts])
         tokens, lengths = encode_flat(self.tokenizer, texts, self.eod_id)
         if isinstance(self.tokenizer, GigatokenTokenizer) and self.settings.verify:
-            self._verify(self.tokenizer, texts, tokens, lengths)
+            self._verify(self.tokenizer, texts, tokens, lengths, -first % self.settings.verify)
         full = lengths > 0
         return Ids(self._cast(tokens), lengths[full], full.astype(np.int64))
 
@@ -140,9 +140,10 @@ class ChunkEncoder:
         texts: Sequence[str],
         tokens: NDArray[Any],
         lengths: NDArray[np.int64],
+        start: int,
     ) -> None:
         ends = np.cumsum(lengths)
-        for number in range(0, len(texts), self.settings.verify):
+        for number in range(start, len(texts), self.settings.verify):
             text, end = texts[number], int(ends[number])
             if len(text) > _VERIFIED:
                 check_equal(tokenizer, [text[:_VERIFIED]])

@@ -69,6 +69,7 @@ class GigatokenTokenizer:
             raise TokenizerError(f"{self.name}: a text holds the code points U+10FFFE U+0000 U+10FFFF")
         if not data:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
+        del data
         # The one call that leaves other threads running and makes no object for a token.
         rows, _ = self._library(len(joined)).encode_batch_padded([joined], self._own.plain, parallel=False)
         ids: NDArray[np.uint32] = rows[0]
