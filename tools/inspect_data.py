@@ -96,8 +96,13 @@ def inspect(options: argparse.Namespace) -> None:
     indexed = IndexedDataset(options.prefix)
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     sidecar = check_sidecar(options.prefix, options.full, tokenizer.fingerprint() if tokenizer else None)
-    if tokenizer is None and options.documents:
-        tokenizer = tokenizer_of(sidecar, options.prefix)
+    if tokenizer is None and (options.documents or (options.seq_length and sidecar)):
+        try:
+            tokenizer = tokenizer_of(sidecar, options.prefix)
+        except ValueError as error:
+            if options.documents:
+                raise
+            print(f"samples are shown as ids alone: {error}")
     summarize(indexed, sidecar, options.full)
     show_lengths(indexed, options.histogram)
     if not options.quick:

@@ -54,12 +54,25 @@ def test_documents_and_samples_are_decoded(tmp_path: Path, capsys: pytest.Captur
         ": 23 tokens in 1 sequences\nünï 🙂\nsecond line<|endoftext|>\n--- document 1: 0 tokens in 0 sequences\n\n"
         "--- document 0: 13 tokens in 1 sequences\nHello, world<|endoftext|>\n"
     )
-    arguments = [prefix, "--tokenizer", "byte", "--seq-length", "12", "--split", "1,0,0", "--show", "2"]
-    assert main([*arguments, "--cache-dir", str(tmp_path / "cache")]) == 0
+    arguments = [
+        "--seq-length",
+        "12",
+        "--split",
+        "1,0,0",
+        "--show",
+        "2",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    for tokenizer in ([], ["--tokenizer", "byte"]):
+        assert main([prefix, *arguments, *tokenizer]) == 0
+        shown = capsys.readouterr().out
+        assert 'most frequent ids: 120 "x" 72.99%' in shown
+        *_, first, _, second = shown.partition("training samples: ")[2].splitlines()
+        assert first.strip().startswith('"') and second.strip().startswith('"')
+    assert main([write(tmp_path / "y", "hf:gone.json"), *arguments]) == 0
     shown = capsys.readouterr().out
-    assert 'most frequent ids: 120 "x" 72.99%' in shown
-    *_, first, _, second = shown.partition("training samples: ")[2].splitlines()
-    assert first.strip().startswith('"') and second.strip().startswith('"')
+    assert "samples are shown as ids alone: " in shown and shown.splitlines()[-1].endswith("…")
 
 
 @pytest.mark.parametrize(
