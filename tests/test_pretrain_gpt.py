@@ -17,6 +17,7 @@ import megatron_lite.checkpoint.store as store
 from megatron_lite.checkpoint import Reader, find_latest
 from megatron_lite.config import load_config
 from megatron_lite.data import IndexedDatasetWriter
+from megatron_lite.data.audit import audit
 from megatron_lite.training.metrics import Metrics
 from megatron_lite.training.schedule import learning_rate
 from tests.command_line import TINY, Result, repeatable, rows, run_command, words, write_bytes
@@ -228,6 +229,32 @@ def test_with_another_global_batch_the_data_go_on(prefix: str, tmp_path: Path) -
     ok(run_command(words(prefix, tmp_path, "train.steps=3", "train.global_batch_size=16")))
     ok(run_command(words(prefix, tmp_path, "train.steps=5", "train.global_batch_size=8")))
     assert [row["tokens"] for row in rows(tmp_path)] == [32 * n for n in (16, 32, 48, 56, 64)]
+
+
+def test_with_another_mixture_and_length_no_document_is_repeated(tmp_path: Path) -> None:
+    """And with other ranks, weights and packing; what was consumed is told by the checkpoint, token by token."""
+    first, second = (write_bytes(tmp_path / name) for name in "ab")
+    output = tmp_path / "run"
+    fixed = ("data.split=1", "model.position_embedding=rope", "model.max_position_embeddings=32")
+    ok(run_command(words(first, output, *fixed, "train.steps=3")))
+    changes = (
+        (1, "train.steps=6", f'data.train=[[2, "{second}"], [1, "{first}"]]'),
+        (2, "train.steps=8", f'data.train=[[1, "{second}"], [1, "{first}"]]', "model.seq_length=16"),
+        (1, "train.steps=10", f'data.train=[[1, "{second}"]]', "data.packing=best_fit"),
+    )
+    tokens = [32 * 8] * 3
+    for ranks, *settings in changes:
+        out = ok(run_command(words(first, output, *fixed, *settings), ranks))
+        assert "goes on after the" in out and "may be repeated" not in out
+        own = 16 if "model.seq_length=16" in settings else 32
+        tokens += [own * 8] * (3 if settings[0] == "train.steps=6" else 2)
+    _, sources = audit(output)
+    assert [row["tokens"] for row in rows(output)] == np.cumsum(tokens).tolist()
+    assert [source.prefix for source in sources] == [second, first]
+    assert sum(source.samples for source in sources) == 80
+    given = {source.prefix: source.samples for source in sources}
+    assert given == {first: 24 + 8 + 8, second: 16 + 8 + 16}
+    assert all((source.inputs <= source.lengths).all() for source in sources), "within their first epoch"
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(prefix: str, tmp_path: Path, finished: Path) -> None:

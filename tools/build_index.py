@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     log, handler = logging.getLogger("megatron_lite"), logging.StreamHandler(sys.stdout)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.addHandler(handler)
     try:
         config = load_config(options.config, options.overrides)

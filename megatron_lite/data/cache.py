@@ -55,7 +55,7 @@ def cached(
     entry = directory / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     arrays = _load(entry)
     if arrays is not None:
-        logger.info("%s: found in %s (%s)", title, entry, _size(arrays))
+        logger.debug("%s: found in %s (%s)", title, entry, _size(arrays))
         return arrays
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -104,8 +104,7 @@ def continued(new: Position, saved: dict[str, Any], consumed: int) -> Position:
     Raises DatasetError where order "megatron" would have to go on with another mixture.
     """
     old, given = read_position(saved)
-    left = {_name(old.sources, number): number for number in range(len(old.sources))}
-    matched = [left.pop(_name(new.sources, number), None) for number in range(len(new.sources))]
+    matched, left = _matched(new.sources, old.sources)
     active = [source for source in old.sources if source.weight]
     if _is_same(new, old, active, matched):
         prefixes = [source.prefix for source in new.sources] + [s.prefix for s in old.sources[len(active) :]]
@@ -130,16 +129,25 @@ def continued(new: Position, saved: dict[str, Any], consumed: int) -> Position:
             history = taken_of(old, number, given[number])
             source = source._replace(seed=old.sources[number].seed, history=history)
         sources.append(source)
-    for number in left.values():
+    for number in left:
         history = taken_of(old, number, given[number])
         sources.append(old.sources[number]._replace(weight=0.0, history=history))
     return new._replace(first=consumed, sources=tuple(sources))
 
 
-def _name(sources: Sequence[Source], number: int) -> tuple[str, int]:
-    """The key, and how often it stands before this one: a source may be listed twice."""
-    keys = [source.key for source in sources[: number + 1]]
-    return keys[-1], keys.count(keys[-1])
+def _matched(new: Sequence[Source], old: Sequence[Source]) -> tuple[list[int | None], list[int]]:
+    """(for each new source its number among the old ones, numbers of the old ones that are left).
+
+    Those of the same prefix first: another one of the same content may be a copy, or where the files are now.
+    """
+    matched: list[int | None] = [None] * len(new)
+    left = list(range(len(old)))
+    for is_same in (lambda a, b: (a.key, a.prefix) == (b.key, b.prefix), lambda a, b: a.key == b.key):
+        for number, source in enumerate(new):
+            if matched[number] is None:
+                matched[number] = next((other for other in left if is_same(source, old[other])), None)
+                left = [other for other in left if other != matched[number]]
+    return matched, left
 
 
 def _is_same(new: Position, old: Position, active: Sequence[Source], matched: Sequence[int | None]) -> bool:

@@ -81,7 +81,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_it_says_what_it_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         cached(tmp_path, {"seed": 1}, Builder(), "train samples of x")
         cached(tmp_path, {"seed": 1}, Builder(), "train samples of x")
     assert [record.getMessage().partition(" in")[0] for record in caplog.records] == [

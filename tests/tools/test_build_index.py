@@ -57,7 +57,7 @@ def test_training_finds_what_was_built(
     assert lines[3:] == ["120 training samples, 40 validation samples, 40 test samples"]
     assert build_index.main(config) == 0
     assert capsys.readouterr().out.count("found in") == 3
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         caplog.clear()
         build_run(load_config(config[1]))
     assert caplog.text.count("found in") == 3
