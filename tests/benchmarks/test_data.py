@@ -48,9 +48,9 @@ def test_unknown_sections_are_named() -> None:
 
 @pytest.mark.slow
 def test_every_side_that_is_installed() -> None:
-    output = run(
-        *"encode loader index --megabytes 0.5 --seconds 0.1 --loader-tokens 1e5 --index-tokens 1e6".split()
-    )
+    small = {"megabytes": "0.5", "seconds": "0.1", "loader-tokens": "1e5", "index-tokens": "1e6"}
+    options = [part for name, value in small.items() for part in (f"--{name}", value)]
+    output = run("encode", "loader", "index", *options)
     peers = ["megatron-core"] if importlib.util.find_spec("megatron") else []
     assert sides(output, "loader") == ["megatron_lite", *peers, "nanoGPT get_batch"]
     assert sides(output, "index") == ["megatron_lite", *peers]
