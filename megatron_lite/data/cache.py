@@ -1,8 +1,9 @@
 """Index arrays kept on disk, so that a restart and the other ranks of a node map them instead of building
 them.
 
-An entry is a folder named by a hash of everything the arrays depend on. It is written beside its place, brought
-to the disk and renamed, so that it is whole or absent, and has checksums, so that a damaged one is built anew.
+An entry is a folder named by a hash of everything the arrays depend on. It is written beside its place and
+renamed, so that it is whole or absent, and has checksums, so that one that a power failure or a disk damaged is
+built anew.
 One process builds while the others on that disk wait for its lock; nothing is assumed to be shared between
 nodes, and where nothing can be written the arrays are built in memory.
 """
@@ -23,7 +24,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,13 +110,9 @@ def _store(entry: Path, key: Mapping[str, Any], arrays: Arrays) -> None:
     try:
         temporary.chmod(0o755)
         for name, array in arrays.items():
-            with open(temporary / f"{name}.npy", "wb") as file:
-                np.save(file, array)
-                _sync(file)
+            np.save(temporary / f"{name}.npy", array)
         checksums = {name: _checksum(array) for name, array in arrays.items()}
-        with open(temporary / "key.json", "w") as file:
-            json.dump({"key": dict(key), "arrays": checksums}, file, indent=1)
-            _sync(file)
+        (temporary / "key.json").write_text(json.dumps({"key": dict(key), "arrays": checksums}, indent=1))
         if _load(entry) is not None:
             return  # of a node that the lock does not reach, and mapped by others: it must stay
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
@@ -127,12 +124,6 @@ def _store(entry: Path, key: Mapping[str, Any], arrays: Arrays) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(file: IO[Any]) -> None:
-    """Bring a file to the disk: a rename may otherwise outlive a power failure that its content does not."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -1,10 +1,19 @@
 """The two orders against plain Python that joins the whole stream."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from megatron_lite.data import DatasetError, _index
-from megatron_lite.data.sample_index import NO_SPANS, Tokens, epoch_order, megatron_order, split_edges
+from megatron_lite.data import DatasetError, _index, sample_index
+from megatron_lite.data.sample_index import (
+    NO_SPANS,
+    Tokens,
+    epoch_order,
+    megatron_order,
+    packed_order,
+    split_edges,
+)
 
 MASK = 2**64 - 1
 
@@ -198,6 +207,39 @@ def test_the_shuffle_is_the_published_generator(dtype: type) -> None:
     values = np.arange(1000, dtype=dtype)
     _index.shuffle(values, 2**64 - 1, 3, 1)
     assert values.tolist() == shuffled(list(range(1000)), 2**64 - 1, 3, 1)
+
+
+@pytest.mark.parametrize("make", [epoch_order, megatron_order])
+def test_counts_and_offsets_are_exact_beyond_float32_and_int32(make: Any) -> None:
+    """21.5 billion tokens in ten documents of the longest length there is, and a sample more than two epochs need."""
+    longest, seq_length = 2**31 - 1, 200_003
+    lengths = np.full(10, longest, np.int32)
+    total = 10 * longest
+    count = 2 * total // seq_length + 1
+    order = make(Tokens(lengths, range(10), 1), count, seq_length)
+    assert len(order["starts"]) >= count
+    places = order["starts"][:, 0].astype(np.int64) * longest + order["starts"][:, 1]
+    assert np.array_equal(
+        np.sort(places[:count]) if make is epoch_order else np.sort(places), np.sort(places)
+    )
+    assert (np.sort(places) % seq_length == 0).all() and len(np.unique(places)) == len(places)
+    if make is epoch_order:
+        first = -(-total // seq_length)
+        assert places[:first].max() == (first - 1) * seq_length < total <= places[first:-1].min()
+
+
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("make", [epoch_order, megatron_order, packed_order])
+def test_wide_numbers_say_the_same(monkeypatch: pytest.MonkeyPatch, make: Any, number: int) -> None:
+    """What streams of more than 2^31 documents would take."""
+    lengths, documents, count, seq_length, seed = random_case(number)
+    tokens = Tokens(np.array(lengths, np.int32), documents, seed)
+    narrow = make(tokens, count, seq_length)
+    monkeypatch.setattr(sample_index, "_INT32_MAX", 1)
+    wide = make(tokens, count, seq_length)
+    assert wide["starts"].dtype == np.int64 and narrow["starts"].dtype == np.int32
+    for name in ("documents", "starts"):
+        np.testing.assert_array_equal(wide[name], narrow[name])
 
 
 def starts_of(
