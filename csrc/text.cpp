@@ -20,7 +20,7 @@
 namespace py = pybind11;
 
 // One more version of a hot loop for CPUs with wider vectors, chosen when the module is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_WIDE_VECTORS __attribute__((target_clones("default", "avx2")))
 #else
 #define FOR_WIDE_VECTORS

@@ -27,6 +27,7 @@ KEPT, BLANK, REJECTED = 0, 1, 2  # verdicts; rule number i of a run drops with F
 FIRST_RULE = 3
 EXAMPLES = 5  # a rule, in the report
 EXCERPT = 200  # characters
+_NAMED = 10  # bad lines in one error
 _BLOCK = 1 << 20  # documents at once
 _RUN_BYTES = 160  # of memory a key while a run is sorted in a worker: digests, columns, order, copies
 
@@ -190,7 +191,8 @@ class Corpus:
         first = int(self._first_lines[number]) - 1
         found = [problem._replace(line=problem.line + first) for problem in problems]
         if found and self.on_error == "stop":
-            raise CorpusError("\n".join(map(str, found)))
+            more = [f"and {len(found) - _NAMED} more like these"] if len(found) > _NAMED else []
+            raise CorpusError("\n".join([*map(str, found[:_NAMED]), *more]))
         for problem in found:
             logger.warning("%s (left out)", problem)
 

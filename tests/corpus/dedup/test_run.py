@@ -118,6 +118,13 @@ def test_bad_lines_stop_or_are_skipped(
     assert kept == ["good", "better", "best"]
 
 
+def test_a_wrong_key_is_one_short_error(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["good"] * 100)
+    with pytest.raises(CorpusError, match='no key "body"') as error:
+        dedup_corpus([path], tmp_path / "o.jsonl", [Exact()], text_key="body")
+    assert len(str(error.value).splitlines()) == 11 and "and 90 more" in str(error.value)
+
+
 def test_nothing_at_all(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("")
     for number, rules in enumerate([[Exact()], [Substrings(), MinHash(verify=0.5), Lines()]]):
