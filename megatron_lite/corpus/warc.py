@@ -16,6 +16,7 @@ _MAX_RECORDS = 256  # of one run
 _MAX_PAGE_BYTES = 1 << 26  # Common Crawl itself cuts pages off at 1 MiB
 _CODINGS = ("br", "zstd", "compress")
 _CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s"';]+)""", re.IGNORECASE)
+_DEEPEST = 5000  # browsers stop at 512
 _HTML = ("text/html", "application/xhtml+xml")
 
 
@@ -66,10 +67,29 @@ def page_content(page: Page, text_key: str) -> dict[str, Any]:
 
 def _html_text(html: bytes, charset: str) -> str:
     encoding = require("resiliparse.parse.encoding", "text out of HTML")
+    tree_of = require("resiliparse.parse.html", "text out of HTML").HTMLTree.parse
     extract = require("resiliparse.extract.html2text", "text out of HTML").extract_plain_text
     name = encoding.map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
     name = name or encoding.detect_encoding(html, from_html_meta=True)
-    return str(extract(encoding.bytes_to_str(html, name), main_content=True))
+    tree = tree_of(encoding.bytes_to_str(html, name))
+    # The time that looking for the main content takes grows with the square of the depth.
+    if html.count(b"<") > _DEEPEST and _too_deep(tree):
+        raise ValueError(f"HTML nested more than {_DEEPEST:,} deep")
+    return str(extract(tree, main_content=True))
+
+
+def _too_deep(tree: Any) -> bool:
+    depth = 0
+    node = tree.document
+    while node is not None and depth <= _DEEPEST:
+        child = node.first_child
+        if child is not None:
+            node, depth = child, depth + 1
+            continue
+        while node is not None and node.next is None:
+            node, depth = node.parent, depth - 1
+        node = node and node.next
+    return node is not None
 
 
 def _pages(path: str, file: BinaryIO) -> Iterator[Page]:

@@ -107,6 +107,17 @@ def test_compressed_pages_are_unpacked_or_a_problem(tmp_path: Path) -> None:
         ]
 
 
+def test_pages_nested_too_deeply_are_problems_and_large_ones_are_not(tmp_path: Path) -> None:
+    """Looking for the main content of the first would take minutes."""
+    deep = response(b"<div>" * 100_000 + LONG.encode())
+    large = response(html(f"{LONG}</p><p>" * 4000))
+    deep_enough = response(b"<div>" * 2000 + LONG.encode() + b"</div>" * 2000)
+    write(tmp_path / "x.warc", [deep, large, deep_enough])
+    entries: list[Any] = list(read_records([tmp_path]))
+    assert (entries[0].line, entries[0].reason) == (1, "HTML nested more than 5,000 deep")
+    assert entries[1].content["text"].count(LONG) == 4000 and LONG in entries[2].content["text"]
+
+
 def test_wet_is_text_already(tmp_path: Path) -> None:
     path = write(
         tmp_path / "x.warc.wet.gz",
