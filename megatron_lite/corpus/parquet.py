@@ -111,5 +111,5 @@ def _opened(path: str) -> Iterator[Any]:
         try:
             with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
                 yield file
-        except arrow_error as error:
+        except (arrow_error, UnicodeDecodeError) as error:  # the second: names of columns
             raise CorpusError(f"{path}: cannot be read: {error}") from None
