@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lite.data import IndexedDatasetWriter, token_dtype
+from megatron_lite.data import IndexedDatasetWriter, sidecar_of, token_dtype, write_sidecar
 from megatron_lite.tokenizers import CharTokenizer
 
 RUN = Path("runs/shakespeare_char")  # where the configuration looks
@@ -27,11 +27,11 @@ def prepare(text: str, folder: Path) -> None:
     tokenizer.save(folder / "tokenizer.json")
     boundary = int(len(text) * 0.9)
     for name, part in (("train", text[:boundary]), ("valid", text[boundary:])):
-        with IndexedDatasetWriter(
-            folder / f"{name}_text_document", token_dtype(tokenizer.vocab_size)
-        ) as writer:
+        prefix = folder / f"{name}_text_document"
+        with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
             writer.add_sequence(np.array(tokenizer.encode(part)))
             writer.end_document()
+        write_sidecar(prefix, sidecar_of(tokenizer, writer.dtype, writer.state, writer.checksums))
         print(f"{folder}/{name}_text_document: {len(part):,} characters")
     print(
         f"{folder}/tokenizer.json: {len(tokenizer.tokens)} characters, and ids for others and the end of text"

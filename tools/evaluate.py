@@ -18,6 +18,7 @@ from megatron_lite.checkpoint import Reader, resolve
 from megatron_lite.config import Config
 from megatron_lite.data.build import build_dataset
 from megatron_lite.data.loader import DataLoader, make_loader
+from megatron_lite.data.sidecar import check_datasets
 from megatron_lite.inference import load_model, read_config
 from megatron_lite.inference.evaluate import mean_loss
 from megatron_lite.model.runtime import DTYPES
@@ -71,13 +72,14 @@ def held_out(config: Config, options: argparse.Namespace) -> tuple[DataLoader, i
     if options.data:
         data = data.model_copy(update={"train": options.data, "valid": options.data, "test": options.data})
     size = steps * train.global_batch_size
+    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    check_datasets(data, None if tokenizer is None else tokenizer.fingerprint())
     dataset = build_dataset(data, options.split, config.model.seq_length, train.seed, size)
     if dataset is None:
         raise ValueError(
             f"the run has no {options.split} data: data.split is {data.split}; give --data PREFIX"
         )
-    eod = load_tokenizer(data.tokenizer).eod_id if data.tokenizer else None
-    return make_loader(config, dataset, eod), steps
+    return make_loader(config, dataset, None if tokenizer is None else tokenizer.eod_id), steps
 
 
 if __name__ == "__main__":

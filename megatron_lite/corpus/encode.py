@@ -25,14 +25,14 @@ from megatron_lite.corpus.journal import Journal
 from megatron_lite.corpus.progress import Progress
 from megatron_lite.corpus.reader import Chunk, Problem
 from megatron_lite.corpus.shards import WHOLE, Part, Shard, read_parts, write_manifest
-from megatron_lite.data import DatasetError, IndexedDatasetWriter, Sidecar, WriterState, write_sidecar
+from megatron_lite.data import DatasetError, IndexedDatasetWriter, WriterState, sidecar_of, write_sidecar
 from megatron_lite.data.sidecar import Checksums, check_place
 from megatron_lite.data.writer import publish
 
 logger = logging.getLogger(__name__)
 
 _UNFINISHED = ".partial"
-_FAST_CHUNK, _CHUNK = 2 << 20, 1 << 20  # more would hold more memory, and not be faster
+_CHUNK_BYTES = 1 << 20  # more would hold more memory, and not be faster
 _PER_WORKER = 2  # chunks in flight: bounds memory while keeping every worker busy
 
 
@@ -104,7 +104,7 @@ def encode_corpus(
     max_documents: int | None = None,
     shard: Shard = WHOLE,
     restart: bool = False,
-    chunk_bytes: int | None = None,
+    chunk_bytes: int = _CHUNK_BYTES,
     journal_seconds: float = 5.0,
     progress: Progress | None = None,
 ) -> EncodeStats:
@@ -137,7 +137,6 @@ def encode_corpus(
     datasets = {key: f"{prefix}_{key}_{settings.level}" for key in settings.keys}
     for dataset in datasets.values():
         check_place(dataset)
-    chunk_bytes = chunk_bytes or (_FAST_CHUNK if encoder.shares_threads else _CHUNK)
     sizes = [stamp.st_size for stamp in stamps]
     workers = min(workers, 1 + sum(sizes) // chunk_bytes)  # more would have nothing to do
     # (Workers are not part of it: they may change from one attempt to the next.)
@@ -184,6 +183,8 @@ def _encode(run: _Run, done: _Done, journal: Journal, progress: Progress | None)
     except DatasetError as error:
         raise CorpusError(f"{error}: changed since the interruption; --restart starts anew") from None
     parts = read_parts(run.files, run.sizes, run.shard, run.chunk_bytes, (done.file, done.chunks))
+    if _is_full(run, done):  # killed between the last document and the end
+        parts = iter(())
     if progress is not None:
         progress.start(sum(run.sizes) if run.shard.total == 1 else None, done.stats)
     try:
@@ -198,10 +199,7 @@ def _encode(run: _Run, done: _Done, journal: Journal, progress: Progress | None)
                 if time.monotonic() - saved >= run.journal_seconds:
                     _save(journal, done, writers)
                     saved = time.monotonic()
-                if (
-                    run.max_documents is not None
-                    and done.stats.read - done.stats.rejected >= run.max_documents
-                ):
+                if _is_full(run, done):
                     break
             for key, writer in writers.items():
                 writer.finish()
@@ -213,6 +211,10 @@ def _encode(run: _Run, done: _Done, journal: Journal, progress: Progress | None)
         journal.remove()
         raise
     return done
+
+
+def _is_full(run: _Run, done: _Done) -> bool:
+    return run.max_documents is not None and done.stats.read - done.stats.rejected >= run.max_documents
 
 
 def _write(
@@ -254,18 +256,13 @@ def _publish(run: _Run, done: _Done) -> None:
     for key, prefix in run.datasets.items():
         publish(prefix, _UNFINISHED)
         state = done.writers[key]
-        sidecar = Sidecar(
-            tokenizer=settings.tokenizer,
-            fingerprint=tokenizer.fingerprint(),
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
+        sidecar = sidecar_of(
+            tokenizer,
+            run.encoder.dtype,
+            state,
+            done.checksums[key],
             append_eod=settings.append_eod,
             special_tokens=settings.special_tokens,
-            dtype=run.encoder.dtype.name,
-            documents=state.documents,
-            sequences=state.sequences,
-            tokens=state.tokens,
-            checksums=done.checksums[key],
         )
         write_sidecar(prefix, sidecar)
 

@@ -35,11 +35,13 @@ class Journal:
         self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by __exit__
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise CorpusError(
                 f"{self.path}: another process is writing there; wait for it, or take another prefix"
             ) from None
+        except OSError:
+            logger.warning("%s: this file system has no locks: run one process at a time", self.path)
         self.last = None if restart else self._read(identity)
         if self.last is None:
             self._file.truncate(0)

@@ -6,7 +6,7 @@ from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import GPTDataset, SampleDataset
 from megatron_lite.data.indexed import IndexedDataset, token_dtype
 from megatron_lite.data.loader import Batch, DataLoader, make_loader
-from megatron_lite.data.sidecar import Sidecar, check_sidecars, read_sidecar, write_sidecar
+from megatron_lite.data.sidecar import Sidecar, check_sidecars, read_sidecar, sidecar_of, write_sidecar
 from megatron_lite.data.writer import IndexedDatasetWriter, WriterState
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "check_sidecars",
     "make_loader",
     "read_sidecar",
+    "sidecar_of",
     "token_dtype",
     "write_sidecar",
 ]

@@ -13,12 +13,15 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megatron_lite.data.errors import DatasetError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megatron_lite.config import DataConfig
+    from megatron_lite.data.writer import WriterState
 
 FORMAT = "megatron_lite dataset"
 VERSION = 1
@@ -68,6 +71,45 @@ class Sidecar:
     sequences: int
     tokens: int
     checksums: Checksums
+
+
+class _Tokenizer(Protocol):
+    """What of `tokenizers.Tokenizer` is kept."""
+
+    name: str
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eod_id(self) -> int | None: ...
+
+    def fingerprint(self) -> str: ...
+
+
+def sidecar_of(
+    tokenizer: _Tokenizer,
+    dtype: np.dtype[Any],
+    state: WriterState,
+    checksums: Checksums,
+    *,
+    append_eod: bool = False,
+    special_tokens: str = "plain",
+) -> Sidecar:
+    """The sidecar of what an IndexedDatasetWriter wrote: its `dtype`, `state` and `checksums`."""
+    return Sidecar(
+        tokenizer=tokenizer.name,
+        fingerprint=tokenizer.fingerprint(),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        append_eod=append_eod,
+        special_tokens=special_tokens,
+        dtype=dtype.name,
+        documents=state.documents,
+        sequences=state.sequences,
+        tokens=state.tokens,
+        checksums=checksums,
+    )
 
 
 def sidecar_path(prefix: str | os.PathLike[str]) -> Path:

@@ -223,3 +223,22 @@ def test_two_runs_do_not_write_at_once(corpus: list[Path], tmp_path: Path) -> No
     journal.remove()
     run(corpus, tmp_path / "x")
     assert read_sidecar(tmp_path / "x_text_document") is not None
+
+
+def test_the_first_documents_stay_the_first_after_an_interruption(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus[1].write_text("bad\n" * 9 + corpus[1].read_text())
+    wanted = 130
+    whole = run(corpus, tmp_path / "whole" / "x", max_documents=wanted)
+
+    def interrupted(writer: IndexedDatasetWriter) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(IndexedDatasetWriter, "finish", interrupted)
+        run(corpus, tmp_path / "o" / "x", max_documents=wanted)
+    stats = run(corpus, tmp_path / "o" / "x", max_documents=wanted)
+    assert (stats.read, stats.rejected, stats.keys) == (whole.read, whole.rejected, whole.keys)
+    assert stats.read - stats.rejected == wanted
+    assert files(tmp_path / "o" / "x") == files(tmp_path / "whole" / "x")
