@@ -24,6 +24,12 @@ _FORMATS: dict[str, Format] = {
     ".wet": "warc",
 }
 _COMPRESSIONS = (".gz", ".zst")
+_NEEDS = {
+    ".zst": ("zstandard",),
+    ".parquet": ("pyarrow",),
+    ".warc": ("warcio", "resiliparse"),
+    ".wet": ("warcio",),
+}
 _NOT_READ = (".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
 _FEED = 1 << 14  # compressed bytes at once: what they become is held in memory
 _MAX_WINDOW = 1 << 31  # `zstd --long=31`, as public dumps of forums are compressed
@@ -105,6 +111,13 @@ def format_of(path: str) -> Format:
     if ending in _NOT_READ:
         raise CorpusError(f"{path}: cannot be read: unpack it, or pack it as {' or '.join(_COMPRESSIONS)}")
     return found
+
+
+def check_libraries(path: str) -> None:
+    """Raise CorpusError where the file's format or compression needs a library that is not installed."""
+    for ending in split_ending(path):
+        for package in _NEEDS.get(ending, ()):
+            require(package, f"{path}: a {ending} file")
 
 
 def open_input(path: str) -> BinaryIO:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from megatron_lite.corpus.files import (
     CorpusError,
     Format,
+    check_libraries,
     expand_inputs,
     format_of,
     open_input,
@@ -99,6 +100,8 @@ def read_chunks(paths: Sequence[str | Path], chunk_bytes: int = CHUNK_BYTES) -> 
     or a larger plain text. Raises CorpusError for a file that cannot be read or is cut short.
     """
     files = expand_inputs(paths)
+    for path in files:
+        check_libraries(path)
     for path, kind in [(path, format_of(path)) for path in files]:
         parts: Iterator[tuple[int, bytes | Rows | list[Page]]]
         if kind == "parquet":
@@ -188,7 +191,8 @@ def _line_contents(data: bytes, first: int, exact: bool) -> Iterator[tuple[int, 
             yield number, parse(line)
         except ValueError as error:
             if line.removeprefix(BOM).strip():
-                yield number, ValueError(f"{error}{_CUT_SHORT}") if number == unfinished else error
+                cut = number == unfinished and str(error).startswith("not ")
+                yield number, ValueError(f"{error}{_CUT_SHORT}") if cut else error
 
 
 def _plain_text(data: bytes) -> str:

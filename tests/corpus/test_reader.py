@@ -74,6 +74,20 @@ def test_a_missing_file_is_an_error_before_the_first_line(tmp_path: Path) -> Non
         next(read_chunks([tmp_path / "a.jsonl", tmp_path / "absent"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("x.jsonl.zst", "zstandard"), ("x.parquet", "pyarrow"), ("x.warc", "resiliparse"), ("x.wet", "warcio")],
+)
+def test_a_missing_library_is_an_error_before_the_first_line(
+    tmp_path: Path, name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(CorpusError, match=rf"{name}: a .* file needs the package {package}: pip install"):
+        next(read_chunks([tmp_path]))
+
+
 def test_bad_lines_are_numbered_and_blank_lines_are_nothing() -> None:
     data = b'{"text": "a"}\r\n \n{\n\xef\xbb\xbf{"text": ""}\n\xef\xbb\xbf \n\n}\n\xef\xbb\xbf\n{"text": "cut'
     chunk = Chunk("f", 10, data, "jsonl")
@@ -87,6 +101,11 @@ def test_bad_lines_are_numbered_and_blank_lines_are_nothing() -> None:
 def test_several_keys_are_several_texts() -> None:
     chunk = Chunk("f", 1, b'{"b": "2", "a": "1", "c": null}\n{"a": "3"}\n', "jsonl")
     assert parse_chunk(chunk, ["a", "b"]) == ([["1", "2"]], [Problem("f", 2, 'no key "b"')])
+
+
+def test_what_is_whole_but_no_object_is_not_called_cut_short() -> None:
+    [problem] = parse_chunk(Chunk("f", 1, b"[1]", "jsonl"), ["text"])[1]
+    assert problem.reason == "a JSON list, not an object"
 
 
 @given(st.lists(st.binary(max_size=12) | st.sampled_from([b'{"text": "a"}', b'{"text": ""}', b"{}", b" "])))
