@@ -8,7 +8,7 @@ import pytest
 
 from examples.shakespeare_char import main
 from megatron_lite.config import load_config
-from megatron_lite.data import IndexedDataset
+from megatron_lite.data import IndexedDataset, read_sidecar
 from megatron_lite.tokenizers import load_tokenizer
 from tests.command_line import ROOT
 
@@ -32,6 +32,8 @@ def test_nine_tenths_of_the_characters_are_for_training(
         assert isinstance(prefix, str)
         dataset = IndexedDataset(prefix)
         assert len(dataset) == 1
+        sidecar = read_sidecar(prefix)
+        assert sidecar is not None and sidecar.fingerprint == tokenizer.fingerprint()
         parts.append(tokenizer.decode(np.asarray(dataset[0]).tolist()))
     assert parts == [TEXT[: len(TEXT) * 9 // 10], TEXT[len(TEXT) * 9 // 10 :]]
     assert "python pretrain_gpt.py --config configs/shakespeare_char.json\n" in capsys.readouterr().out
