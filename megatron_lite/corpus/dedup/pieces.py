@@ -29,8 +29,8 @@ from megatron_lite.corpus.files import (
     reading,
     split_ending,
 )
-from megatron_lite.corpus.json_lines import BOM, fast_parser
-from megatron_lite.corpus.reader import Chunk, Problem, Record, parse_records, read_chunks
+from megatron_lite.corpus.json_lines import fast_parser
+from megatron_lite.corpus.reader import Chunk, Problem, parse_records, read_chunks
 
 PIECE_BYTES = 32 << 20
 _BLOCK_BYTES = 1 << 20
@@ -123,20 +123,16 @@ def entries(
             try:
                 yield Entry(index, parse(line)[text_key].encode(), line, None)
             except (ValueError, KeyError, AttributeError):
-                found = judge(piece.path, index, line, text_key)
-                if found is not None:
-                    yield found
+                yield from problems(piece.path, index, line, text_key)
         first += len(lines)
     yield first
 
 
-def judge(path: str, index: int, line: bytes, text_key: str) -> Entry | Problem | None:
-    """What the reader of all other tools says of a line; None: blank."""
+def problems(path: str, index: int, line: bytes, text_key: str) -> Iterator[Problem]:
+    """What the reader of all other tools says of a line without a document; nothing if it is blank."""
     for record in parse_records(Chunk(path, index + 1, line, "jsonl"), text_key):
-        if isinstance(record, Record):
-            return Entry(index, record.content[text_key].encode(), line.removeprefix(BOM), None)
-        return record
-    return None
+        assert isinstance(record, Problem)
+        yield record
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def test_the_report_states_the_s_curve(tmp_path: Path) -> None:
 FEW_WORDS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=8).map(" ".join), max_size=20)
 
 
-@given(texts=FEW_WORDS, verify=st.sampled_from([0.0, 0.5, 0.8]))
+@given(texts=FEW_WORDS, verify=st.sampled_from([0.0, 0.25, 0.5, 0.625, 0.8]))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 def test_clusters_by_hand(tmp_path: Path, texts: list[str], verify: float) -> None:
     rule = MinHash(ngram=1, bands=4, rows=2, verify=verify)

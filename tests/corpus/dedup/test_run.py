@@ -193,10 +193,8 @@ def test_a_killed_run_leaves_nothing_that_matters(tmp_path: Path) -> None:
             assert process.stdout is not None and process.stdout.readline() == b"begin\n"
             time.sleep(part * seconds)
             process.send_signal(signal.SIGKILL)
-            try:
-                process.communicate(
-                    timeout=60
-                )  # ends when the workers have ended, too: they hold the pipe open
+            try:  # the pipe ends when the workers have ended, too: they hold it open
+                process.communicate(timeout=60)
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
