@@ -44,6 +44,8 @@ def sentence_splitter(language: str, keep_newlines: bool) -> Callable[[str], lis
 
 
 def _load(punkt: Any, language: str) -> Any:
+    if not hasattr(punkt, "PunktTokenizer"):
+        raise CorpusError("--split-sentences needs nltk 3.9 or later: pip install -U nltk")
     try:
         return punkt.PunktTokenizer(language)
     except LookupError:

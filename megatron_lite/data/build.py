@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from megatron_lite.config import Config, DataConfig
 from megatron_lite.data.blend import BlendedDataset, blend_index, normalized, used_members
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import GPTDataset, SampleDataset
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.position import Position, Source, continued, source_key
 from megatron_lite.data.sample_index import split_edges
+
+if TYPE_CHECKING:  # settings take 0.1 s to load, which tools over corpora do not need
+    from megatron_lite.config import Config, DataConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,15 +12,17 @@ import mmap
 import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lite.config import Config
 from megatron_lite.data import _index
 from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.gpt import SampleDataset, reader_of
+
+if TYPE_CHECKING:  # settings take 0.1 s to load, which tools over corpora do not need
+    from megatron_lite.config import Config
 
 _STEPS_AHEAD = 2
 _Number = TypeVar("_Number", np.int64, np.int32, np.float32)

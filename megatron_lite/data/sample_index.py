@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lite.config import split_sizes
 from megatron_lite.data import _index
 from megatron_lite.data.cache import Arrays
 from megatron_lite.data.errors import DatasetError
@@ -302,6 +301,8 @@ def split_edges(split: str, count: int) -> list[range | None]:
 
     Raises DatasetError for a text that is not a split.
     """
+    from megatron_lite.config import split_sizes  # here: settings take 0.1 s to load
+
     try:
         shares = split_sizes(split)
     except ValueError as error:

@@ -6,27 +6,21 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_lite.config import TOKENIZER_KINDS
 from megatron_lite.tokenizers.base import SpecialTokens, Tokenizer, TokenizerError, read_bytes
 from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_lite.tokenizers.openai import TiktokenTokenizer
 from megatron_lite.tokenizers.simple import ByteTokenizer, CharTokenizer, WordTokenizer
 from megatron_lite.tokenizers.spm import SentencePieceTokenizer
 
-_LOADERS: dict[str, Callable[[str, str], Tokenizer]] = dict(
-    zip(
-        TOKENIZER_KINDS,
-        (
-            CharTokenizer.load,
-            WordTokenizer.load,
-            HuggingFaceTokenizer.load_gpt2,
-            HuggingFaceTokenizer.load,
-            TiktokenTokenizer,
-            SentencePieceTokenizer,
-        ),
-        strict=True,
-    )
-)
+# The kinds of `config.TOKENIZER_KINDS`, which is not imported: settings take 0.1 s to load.
+_LOADERS: dict[str, Callable[[str, str], Tokenizer]] = {
+    "char": CharTokenizer.load,
+    "word": WordTokenizer.load,
+    "gpt2": HuggingFaceTokenizer.load_gpt2,
+    "hf": HuggingFaceTokenizer.load,
+    "tiktoken": TiktokenTokenizer,
+    "sentencepiece": SentencePieceTokenizer,
+}
 _ENDINGS = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
 
 
@@ -48,7 +42,7 @@ def load_tokenizer(spec: str, special_tokens: SpecialTokens = "plain") -> Tokeni
     Raises TokenizerError for an unknown kind, a missing or damaged file, or a library that is not installed.
     """
     kind, separator, path = spec.partition(":")
-    if spec != "byte" and (not separator or kind not in TOKENIZER_KINDS):
+    if spec != "byte" and (not separator or kind not in _LOADERS):
         kind, path = _kind_of(spec), spec
     if special_tokens == "parse":
         if kind not in _PARSERS:
@@ -76,5 +70,5 @@ def _kind_of(spec: str) -> str:
             raise TokenizerError(f"{spec}: not JSON: {error}") from None
         kind = content.get("type") if isinstance(content, dict) else None
         return kind if kind in ("char", "word") else "hf"
-    kinds = ", ".join(f"{kind}:FILE" for kind in TOKENIZER_KINDS)
+    kinds = ", ".join(f"{kind}:FILE" for kind in _LOADERS)
     raise TokenizerError(f'unknown tokenizer "{spec}": take byte, {kinds}, or the path of such a file')

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.tokenizers import Tokenizer, TokenizerError, load_tokenizer
+from megatron_lite.config import TOKENIZER_KINDS
+from megatron_lite.tokenizers import Tokenizer, TokenizerError, load, load_tokenizer
 
 # specification ({} is the folder of vocabularies), vocabulary, eod
 REAL = [
@@ -184,3 +185,7 @@ def test_a_missing_library_is_named(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(TokenizerError, match=f"pip install {package}"):
         load_tokenizer(spec)
+
+
+def test_kinds_are_those_of_the_settings() -> None:
+    assert tuple(load._LOADERS) == TOKENIZER_KINDS
