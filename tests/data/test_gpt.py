@@ -1,10 +1,12 @@
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_lite.data import DatasetError, GPTDataset, IndexedDataset
+from megatron_lite.data.rest import Taken
 
 from .conftest import MakePrefix
 
@@ -62,8 +64,8 @@ def test_one_epoch_of_too_few_tokens_is_refused(make_prefix: MakePrefix) -> None
 def test_changed_data_or_settings_never_meet_an_old_index(make_prefix: MakePrefix, tmp_path: Path) -> None:
     """The cache is beside the data; each of these must build its own entry."""
 
-    def build(lengths: list[int], documents: range, *settings: int, order: str = "epoch") -> None:
-        GPTDataset(IndexedDataset(make_prefix(lengths)), documents, *settings, order=order)  # type: ignore[arg-type]
+    def build(lengths: list[int], documents: range, *settings: int, **more: Any) -> None:
+        GPTDataset(IndexedDataset(make_prefix(lengths)), documents, *settings, **more)
 
     build([10, 20, 30], range(3), 5, 4, 1)
     variants = [
@@ -80,8 +82,14 @@ def test_changed_data_or_settings_never_meet_an_old_index(make_prefix: MakePrefi
         assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == number
     build([10, 20, 30], range(3), 5, 4, 1, order="megatron")
     assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == 9
+    for number, more in enumerate(({"packing": "best_fit"}, {"history": [Taken(8, "concat", 2)]}), 10):
+        build([10, 20, 30], range(3), 5, 4, 1, **more)
+        assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == number
     build([10, 20, 30], range(3), 5, 4, 1)
-    assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == 9
+    build([10, 20, 30], range(3), 3, 4, 1, history=[Taken(4, "concat", 2)])
+    assert len(list((tmp_path / "index_cache").glob("*/key.json"))) == 11, (
+        "the same samples from the third on"
+    )
 
 
 def test_a_cached_index_reads_the_same_samples(make_prefix: MakePrefix, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run whose mixture, sequence length, packing, seed and number of ranks change: on the level of tokens."""
 
+import itertools
 import json
 import logging
 from collections import Counter
@@ -12,7 +13,8 @@ import pytest
 from megatron_lite.config import Config, build_config
 from megatron_lite.data import DataLoader, DatasetError, GPTDataset, IndexedDataset, make_loader
 from megatron_lite.data.build import RunData, build_run
-from megatron_lite.data.rest import Taken, merged
+from megatron_lite.data.rest import Taken, merged, start_after
+from megatron_lite.data.sample_index import Tokens
 
 from .conftest import MakePrefix
 
@@ -43,33 +45,55 @@ def loader_of(dataset: Any, **settings: Any) -> DataLoader:
     return DataLoader(dataset, 1, 1, eod_id=EOD, reset_attention_mask=True, num_workers=0, **settings)
 
 
-@pytest.mark.parametrize("number", range(30))
-def test_each_token_of_each_epoch_is_an_input_once(make_prefix: MakePrefix, number: int) -> None:
-    """Phases of random layouts, and then the rest of the last epoch, token by token."""
-    random = np.random.default_rng(number)
-    lengths = lengths_of(random)
-    indexed = IndexedDataset(make_prefix(lengths))
-    total, ends = sum(lengths), np.cumsum(lengths) - 1
+def consume(indexed: IndexedDataset, seed: int, phases: list[Taken]) -> None:
+    """Reads these phases, and then the rest of an epoch token by token; each token must have come once an epoch."""
     history: list[Taken] = []
     found: list[int] = []
+    total, ends = indexed.num_tokens, np.cumsum(indexed.lengths) - 1
 
-    def phase(seq_length: int, packing: Any, samples: int) -> None:
+    def read_phase(phase: Taken) -> None:
+        seq_length, packing, samples = phase
         dataset = GPTDataset(
-            indexed, range(len(indexed)), samples, seq_length, number, packing=packing, history=history
+            indexed, range(len(indexed)), samples, seq_length, seed, packing=packing, history=history
         )
         assert len(dataset) == samples
         read(loader_of(dataset), samples, found, ends)
-        history.append(Taken(seq_length, packing, samples))
+        history.append(phase)
 
-    for _ in range(random.integers(1, 5)):
-        seq_length = int(random.choice([1, 2, 5, 16, 64, 200]))
-        packing = random.choice(["concat", "concat", "best_fit"])
-        phase(seq_length, packing, int(random.integers(1, 3 * total // seq_length + 3)))
+    for phase in phases:
+        read_phase(phase)
     counts = Counter(found)
-    assert max(counts.values()) - min(counts[token] for token in range(total)) <= 2 + 200 // total
-    epochs = -(-len(found) // total) + 200 // total + 1
-    phase(1, "concat", epochs * total - len(found))
+    longest = max(phase.seq_length for phase in phases)
+    assert max(counts.values()) - min(counts[token] for token in range(total)) <= 2 + longest // total
+    epochs = -(-len(found) // total) + longest // total + 1
+    read_phase(Taken(1, "concat", epochs * total - len(found)))
     assert Counter(found) == dict.fromkeys(range(total), epochs)
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_each_token_of_each_epoch_is_an_input_once(make_prefix: MakePrefix, number: int) -> None:
+    """Random layouts, half of them of data shorter than some samples."""
+    random = np.random.default_rng(number)
+    lengths = lengths_of(random) if number % 2 else random.integers(1, 6, 3).tolist()
+    phases = []
+    for _ in range(random.integers(1, 5 if number % 2 else 9)):
+        seq_length = int(random.choice([1, 2, 5, 16, 64, 200] if number % 2 else [2, 3, 4, 5, 7, 25]))
+        packing = random.choice(["concat", "concat", "best_fit"])
+        phases.append(Taken(seq_length, packing, int(random.integers(1, 3 * sum(lengths) // seq_length + 3))))
+    consume(IndexedDataset(make_prefix(lengths)), number, phases)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "seed", "phases"),
+    [
+        ([4, 3, 2], 926, [(4, 1), (7, 1), (3, 1), (5, 2), (2, 1)]),
+        ([4, 1, 3], 1897, [(2, 6), (7, 5), (3, 1), (7, 3), (5, 1), (2, 4), (4, 5)]),
+    ],
+)
+def test_samples_that_reach_through_the_whole_next_epoch(
+    make_prefix: MakePrefix, lengths: list[int], seed: int, phases: list[tuple[int, int]]
+) -> None:
+    consume(IndexedDataset(make_prefix(lengths)), seed, [Taken(length, "concat", n) for length, n in phases])
 
 
 def test_the_same_layout_just_goes_on(make_prefix: MakePrefix) -> None:
@@ -83,6 +107,16 @@ def test_the_same_layout_just_goes_on(make_prefix: MakePrefix) -> None:
     assert (
         samples(17, Taken(8, "concat", 5), Taken(4, "concat", 0), Taken(8, "concat", 8)) == samples(30)[13:]
     )
+
+
+def test_pieces_of_a_document_that_were_not_taken_are_one_again() -> None:
+    tokens = Tokens(np.array([40, 3, 17], np.int32), range(3), 6)
+    for samples in range(1, 15):
+        rest = start_after(tokens, [Taken(4, "best_fit", samples)]).rest
+        assert rest.tolist() == sorted(rest.tolist())
+        for (document, _, end), (following, begin, _) in itertools.pairwise(rest.tolist()):
+            assert (document, end) != (following, begin)
+        assert (rest[:, 2] - rest[:, 1]).sum() >= 60 - 4 * samples
 
 
 def test_histories_are_merged() -> None:

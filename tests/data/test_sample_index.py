@@ -219,9 +219,6 @@ def test_counts_and_offsets_are_exact_beyond_float32_and_int32(make: Any) -> Non
     order = make(Tokens(lengths, range(10), 1), count, seq_length)
     assert len(order["starts"]) >= count
     places = order["starts"][:, 0].astype(np.int64) * longest + order["starts"][:, 1]
-    assert np.array_equal(
-        np.sort(places[:count]) if make is epoch_order else np.sort(places), np.sort(places)
-    )
     assert (np.sort(places) % seq_length == 0).all() and len(np.unique(places)) == len(places)
     if make is epoch_order:
         first = -(-total // seq_length)
