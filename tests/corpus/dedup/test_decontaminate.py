@@ -47,7 +47,7 @@ def test_documents_with_an_ngram_in_common_go(
 
 def test_the_report_says_what_matched_where(tmp_path: Path) -> None:
     path = evaluations(tmp_path, "Too short.", QUESTION)
-    texts = ["harmless", f"Quiz: {SHOUTED}!", "airspeed velocity of an unladen swallow"]
+    texts = ["harmless", f"Quiz: {SHOUTED}! {QUESTION}", "airspeed velocity of an unladen swallow"]
     _, ids, report = run(tmp_path, texts, Decontaminate([path]))
     found = report["rules"][0]
     assert ids == [0, 2]
@@ -86,6 +86,8 @@ def test_spans_are_widened_to_whole_characters_and_joined() -> None:
     assert spans([(8, 9)], 1, text) == [(6, 11)]
     assert spans([(17, 18), (8, 9)], 2, text) == [(6, 11), (15, 20)]
     assert spans([(17, 18), (8, 9)], 3, text) == [(4, 22)]
+    assert spans([(0, 8), (2, 4), (6, 9)], 0, text) == [(0, 9)]
+    assert spans([(0, 8), (2, 4)], 0, text) == [(0, 8)]
     assert spans([(1, 2)], 100, text) == [(0, len(text))]
 
 
@@ -93,6 +95,7 @@ def test_short_pieces_go_and_too_many_take_the_document() -> None:
     text = b"0123456789"
     assert cut_out(text, [(2, 4), (6, 7)], 0, 10) == b"01\n45\n789"
     assert cut_out(text, [(2, 4), (6, 7)], 3, 10) == b"789"
+    assert cut_out(text, [(2, 4), (6, 7)], 0, 3) == b"01\n45\n789"
     assert cut_out(text, [(2, 4), (6, 7)], 0, 2) == b""
     assert cut_out(text, [(0, 10)], 0, 2) == b""
 

@@ -52,6 +52,13 @@ def test_as_if_every_window_were_looked_up(tmp_path: Path, texts: list[str], len
     assert ids == stays and kept == [expected[number] for number in stays]
 
 
+def test_characters_cut_in_part_stay(tmp_path: Path) -> None:
+    # ä is C3 A4, ü C3 BC and Ĥ C4 A4: a byte more in common than characters.
+    texts = ["abcdefghä", "abcdefghü", "ä12345678", "Ĥ12345678", "abcdefgh", "bcdefghö"]
+    kept = run(tmp_path, texts, Substrings(9))[0]
+    assert kept == ["abcdefghä", "ü", "ä12345678", "Ĥ", "abcdefgh", "bcdefghö"] == without_repeats(texts, 9)
+
+
 def test_planted_spans_are_cut_and_nothing_else(tmp_path: Path) -> None:
     random = np.random.default_rng(5)
     texts = ["".join(chr(97 + c) for c in random.integers(0, 26, 500)) for _ in range(40)]
