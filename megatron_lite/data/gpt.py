@@ -121,7 +121,7 @@ class GPTDataset:
             first=first,
         )
 
-        if packing == "best_fit":
+        if packing == "best_fit" and len(arrays["starts"]):
             self._log_packing(*arrays["report"].tolist())
 
     def _log_packing(self, documents: int, cut: int, joined: int, tokens: int, padding: int) -> None:

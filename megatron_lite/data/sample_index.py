@@ -211,13 +211,17 @@ def packed_order(tokens: Tokens, num_samples: int | None, seq_length: int, start
     """Documents side by side in rows of `seq_length` tokens, an epoch at a time: see `csrc/packing.h`.
 
     Documents of at most `seq_length` tokens stay whole, of longer ones what is left after whole rows. Rows are
-    shuffled within their epoch. The arguments are those of `epoch_order`.
+    shuffled within their epoch. The arguments are those of `epoch_order`. Besides its arrays there is a "report"
+    on the first epoch: documents, how many packing cuts, how many would be cut end to end, tokens, padding.
     """
     made: list[Arrays] = []
+    report = np.zeros(5, np.int64)
     done = position = 0
     for part, arrays in packed_parts(tokens, seq_length, start):
         if num_samples is not None and done >= num_samples:
             break
+        if not made:
+            report = _packing_report(tokens, seq_length, start, part, arrays)
         rows = arrays["starts"].astype(np.int64)
         shuffle_samples(rows, tokens.seed, start, part)
         rows[:, 0] += position
@@ -229,13 +233,14 @@ def packed_order(tokens: Tokens, num_samples: int | None, seq_length: int, start
     order = {name: np.concatenate([arrays[name] for arrays in made or [empty]]) for name in empty}
     if position <= _INT32_MAX:
         order["starts"] = order["starts"].astype(np.int32)
-    return order | {"report": packing_report(tokens, seq_length, start)}
+    return order | {"report": report}
 
 
-def packing_report(tokens: Tokens, seq_length: int, start: Start) -> NDArray[np.int64]:
-    """Of the first epoch (or what is left of it): documents, how many of them packing cuts, how many joining them
-    end to end would cut, tokens, and tokens of padding."""
-    part, arrays = next(packed_parts(tokens, seq_length, start))
+def _packing_report(
+    tokens: Tokens, seq_length: int, start: Start, part: Part, arrays: Arrays
+) -> NDArray[np.int64]:
+    """Of a part: documents, how many of them packing cuts, how many joining them end to end would cut, tokens, and
+    tokens of padding."""
     documents, spans = part_documents(tokens, start, part)
     joined, longer = _index.count_cut(tokens.lengths, documents, spans, seq_length)
     used = int((arrays["spans"][:, 1] - arrays["spans"][:, 0]).sum(dtype=np.int64))
