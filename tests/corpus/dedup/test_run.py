@@ -15,6 +15,7 @@ import pytest
 
 from megatron_lite.corpus import CorpusError
 from megatron_lite.corpus.dedup import Decontaminate, Exact, Lines, MinHash, Substrings, dedup_corpus
+from megatron_lite.corpus.dedup.run import workspace
 from megatron_lite.corpus.reader import read_records
 from tests.corpus.dedup.case import run, write_lines
 
@@ -148,8 +149,6 @@ def test_no_rule_and_bad_numbers_are_refused(tmp_path: Path) -> None:
 
 
 def hold(output: Path, held: "multiprocessing.synchronize.Event") -> None:
-    from megatron_lite.corpus.dedup.run import workspace
-
     with workspace(output):
         held.set()
         time.sleep(60)
@@ -170,6 +169,15 @@ def test_two_runs_to_one_output_are_refused(tmp_path: Path) -> None:
         other.join()
     dedup_corpus([path], tmp_path / "o.jsonl", [Exact()])  # what the killed run left is no hindrance
     assert sorted(os.listdir(tmp_path)) == ["o.jsonl", "x.jsonl"]
+
+
+def test_what_a_killed_run_left_is_cleared_first(tmp_path: Path) -> None:
+    left = tmp_path / ".o.jsonl.dedup" / "run-1-2"
+    left.mkdir(parents=True)
+    (left / "texts").write_text("much")
+    with workspace(tmp_path / "o.jsonl") as folder:
+        assert folder.parent == left.parent and os.listdir(folder) == [] and not left.exists()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_killed_run_leaves_nothing_that_matters(tmp_path: Path) -> None:
