@@ -139,7 +139,8 @@ def build_run(
     position = Position(data.order, seq_length, data.packing, 0, samples, _sources(members, train.seed))
     if saved is not None:
         position = continued(position, saved, consumed_samples)
-        _log_sources(position)
+        if position.first == consumed_samples:
+            _log_sources(position)
     members = [m._replace(source=s) for m, s in zip(members, position.sources, strict=False)]
     rest = max(1, samples - position.first)  # a run may begin its last mixture when it is done
     train_set = _build(settings["train"], members, rest)
@@ -162,8 +163,8 @@ def _sources(members: list[_Member], seed: int) -> tuple[Source, ...]:
 
 
 def _log_sources(position: Position) -> None:
-    """Where sources go on with a history, since that may surprise."""
-    for source in position.sources if position.first else ():
+    """Where each source goes on in another mixture, since that may surprise."""
+    for source in position.sources:
         taken = sum(taken.samples for taken in source.history)
         if not source.weight:
             logger.info("data: %s is left out from sample %d on", source.prefix, position.first)

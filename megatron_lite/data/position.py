@@ -106,6 +106,9 @@ def continued(new: Position, saved: dict[str, Any], consumed: int) -> Position:
     old, given = read_position(saved)
     matched, left = _matched(new.sources, old.sources)
     active = [source for source in old.sources if source.weight]
+    kept = {old.sources[number].seed for number in matched if number is not None}
+    if kept - {source.seed for source in new.sources}:
+        logger.info("train.seed is another one: data that have begun keep the order they have")
     if _is_same(new, old, active, matched):
         prefixes = [source.prefix for source in new.sources] + [s.prefix for s in old.sources[len(active) :]]
         renamed = (s._replace(prefix=prefix) for s, prefix in zip(old.sources, prefixes, strict=True))

@@ -218,6 +218,21 @@ def test_unchanged_settings_go_on_in_the_same_dataset(make_prefix: MakePrefix, t
     assert [d.position.first for d in data] == [0, 0, 0], "weights of the same proportions are the same"
 
 
+def test_data_that_have_begun_keep_their_order(
+    make_prefix: MakePrefix, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = two_sources(make_prefix)
+    whole, parts = Simulation(tmp_path), Simulation(tmp_path)
+    train = [[0.7, a], [0.3, b]]
+    whole.job(whole.config(8, 4, train=train), 8)
+    parts.job(parts.config(8, 4, train=train), 4)
+    with caplog.at_level(logging.INFO):
+        parts.job(parts.config(8, 4, train=train, seed=2), 4)
+    assert parts.inputs[0] + parts.inputs[1] == whole.inputs[0]
+    assert "data that have begun keep the order they have" in caplog.text
+    assert "goes on after" not in caplog.text, "nothing to say where the mixture is the same"
+
+
 def test_a_run_of_old_checkpoints_goes_on(make_prefix: MakePrefix, tmp_path: Path) -> None:
     a, _ = two_sources(make_prefix)
     whole, parts = Simulation(tmp_path), Simulation(tmp_path)
