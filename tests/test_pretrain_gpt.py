@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -517,17 +519,105 @@ def test_nan_ends_the_run_with_its_layer(prefix: str, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
 
-def test_full_disk_ends_the_run_on_every_rank(prefix: str, tmp_path: Path) -> None:
-    def full() -> None:
-        def refuse(*args: Any) -> None:
+@pytest.mark.parametrize("background", ["true", "false"], ids=["async", "sync"])
+def test_full_disk_ends_the_run_on_every_rank(background: str, prefix: str, tmp_path: Path) -> None:
+    write = store.write_safetensors
+
+    def write_until_full(path: Path, *args: Any) -> Any:
+        if path.parts[-2:] == ("step_00000002.tmp", "rank_00000.safetensors"):
             raise OSError(28, "No space left on device")
+        return write(path, *args)
 
-        at_step(2, partial(setattr, store, "write_safetensors", refuse))
-
-    arguments = words(prefix, tmp_path, STEPS, "checkpoint.interval=1", "parallel.pipeline=2")
-    first, second = run_command(arguments, ranks=2, first=full)
+    settings = (f"checkpoint.async_save={background}", "checkpoint.interval=1", "parallel.pipeline=2")
+    arguments = words(prefix, tmp_path, "train.steps=60", *settings)
+    first, second = run_command(
+        arguments, ranks=2, first=partial(setattr, store, "write_safetensors", write_until_full)
+    )
     assert (first.status, second.status) == (1, 1)
-    assert "step_00000002 was not saved" in first.err and "No space left on device" in first.err
+    assert first.err.startswith("error: ") and "step_00000002 was not saved" in first.err
+    assert "No space left on device" in first.err and first.err.count("\n") == 1
     assert second.err == ""
+    assert rows(tmp_path)[-1]["step"] <= 3, "the next save or the next step says so"
     latest = find_latest(tmp_path)
     assert latest is not None and latest.name == "step_00000001"
+
+
+def test_an_error_waits_for_the_save_that_runs(prefix: str, tmp_path: Path) -> None:
+    """The save of step 2 is slow, and step 3 fails: what was being saved is whole."""
+    write = store.write_safetensors
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.5)
+        return write(*args)
+
+    def begin() -> None:
+        store.write_safetensors = slowly
+        at_step(3, raise_run_failed)
+
+    settings = ("checkpoint.interval=2", "train.exit_after_steps=5")
+    (result,) = run_command(words(prefix, tmp_path, STEPS, *settings), first=begin)
+    assert (result.status, result.err) == (1, "error: enough\n")
+    assert "step 2 | saved " in result.out
+    latest = find_latest(tmp_path, checksums=True)
+    assert latest is not None and latest.name == "step_00000002"
+
+
+def raise_run_failed() -> None:
+    from megatron_lite.training.resilience import RunFailed
+
+    raise RunFailed("enough")
+
+
+def test_training_goes_on_while_it_is_saved_and_the_next_save_waits(prefix: str, tmp_path: Path) -> None:
+    """A save that lasts three steps: they are taken meanwhile, and it is published before the next begins."""
+    write, steps = store.write_safetensors, threading.Semaphore(0)
+
+    def after_two_more_steps(path: Path, *args: Any) -> Any:
+        if path.parent.name == "step_00000002.tmp":
+            assert steps.acquire(timeout=60) and steps.acquire(timeout=60)
+        elif path.parent.name == "step_00000004.tmp":
+            assert (tmp_path / "checkpoints/latest").read_text() == "step_00000002\n"
+        return write(path, *args)
+
+    def begin() -> None:
+        store.write_safetensors = after_two_more_steps
+        for step in (3, 4):
+            at_step(step, steps.release)
+
+    ok(run_command(words(prefix, tmp_path, STEPS, "checkpoint.interval=2"), first=begin))
+    latest = find_latest(tmp_path, checksums=True)
+    assert latest is not None and latest.name == "step_00000006"
+
+
+def test_async_saves_what_sync_saves(prefix: str, tmp_path: Path, finished: Path) -> None:
+    """Every checkpoint of the run that saved while it trained: bit for bit, and metadata but for the setting."""
+    settings = (STEPS, "checkpoint.interval=2", "checkpoint.keep=0", "checkpoint.async_save=false")
+    ok(run_command(words(prefix, tmp_path, *settings)))
+    for step in (2, 4, 6):
+        assert tensors(tmp_path, step) == tensors(finished, step)
+        metadata = []
+        for output in (tmp_path, finished):
+            with Reader(output / f"checkpoints/step_{step:08d}") as reader:
+                metadata.append(reader.metadata)
+        assert metadata[0].pop("config") != metadata[1].pop("config")
+        assert metadata[0] == metadata[1]
+
+
+def test_weights_alone_are_saved_apart(prefix: str, tmp_path: Path, finished: Path) -> None:
+    settings = (STEPS, "checkpoint.weights_interval=2", "checkpoint.keep=1", "checkpoint.interval=4")
+    ok(run_command(words(prefix, tmp_path, *settings)))
+    names = ["latest", "step_00000002", "step_00000004", "step_00000006"]
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == names, "keep is not about them"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000006"]
+    for step in (2, 4, 6):
+        full = finished / f"checkpoints/step_{step:08d}"
+        with Reader(tmp_path / f"weights/step_{step:08d}") as light, Reader(full) as reader:
+            light.verify()
+            assert light.kinds == ["weight"] and light.names() == reader.names()
+            for name in light.names():
+                assert light.read(name).equal(reader.read(name).bfloat16())
+    load = (f"checkpoint.load={tmp_path}/weights", f"train.output_dir={tmp_path}/next")
+    (result,) = run_command(words(prefix, tmp_path, STEPS, *load))
+    assert result.status == 2 and "holds weights only, no optimizer state" in result.err
+    ok(run_command(words(prefix, tmp_path, STEPS, *load, "checkpoint.weights_only=true")))
+    assert rows(tmp_path / "next")[0]["loss"] < rows(finished)[0]["loss"] - 0.05

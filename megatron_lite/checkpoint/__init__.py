@@ -5,8 +5,20 @@
 
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.files import Deferred
+from megatron_lite.checkpoint.host import HostCopy, available_bytes
 from megatron_lite.checkpoint.layout import KINDS, Piece
 from megatron_lite.checkpoint.reader import Reader, find_latest, resolve
 from megatron_lite.checkpoint.store import save
 
-__all__ = ["KINDS", "CheckpointError", "Deferred", "Piece", "Reader", "find_latest", "resolve", "save"]
+__all__ = [
+    "KINDS",
+    "CheckpointError",
+    "Deferred",
+    "HostCopy",
+    "Piece",
+    "Reader",
+    "available_bytes",
+    "find_latest",
+    "resolve",
+    "save",
+]

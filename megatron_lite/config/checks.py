@@ -106,6 +106,7 @@ def warnings(config: Config, world_size: int) -> list[str]:
     for key, interval in {
         "train.eval_interval": config.train.eval_interval,
         "checkpoint.interval": config.checkpoint.interval,
+        "checkpoint.weights_interval": config.checkpoint.weights_interval,
     }.items():
         if interval is not None and interval > config.train.steps:
             found.append(f"{key}: {interval} is more than train.steps = {config.train.steps}")

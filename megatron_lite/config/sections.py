@@ -179,6 +179,16 @@ class CheckpointConfig(Section):
         default=None, gt=0, description="steps between checkpoints; null: only at the end"
     )
     keep: int = Field(default=2, ge=0, description="newest checkpoints kept; 0: all")
+    async_save: bool = Field(
+        default=True,
+        description="write beside training, from a copy in host memory; what is saved is the same",
+    )
+    weights_interval: int | None = Field(
+        default=None, gt=0, description="steps between saves of the weights alone; null: none"
+    )
+    weights_precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="type of the weights saved alone"
+    )
     load: str | None = Field(default=None, min_length=1, description="checkpoint folder to start from")
     weights_only: bool = Field(
         default=False,

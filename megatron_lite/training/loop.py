@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from megatron_lite.training.allocator import set_cpu_allocator
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.metrics import Metrics, peak_memory_gib
 from megatron_lite.training.resilience import PeerWatch, RunFailed, StopSignals, check_finite
+from megatron_lite.training.saver import Saver
 from megatron_lite.training.saving import (
     Progress,
     agreed_failure,
@@ -33,7 +34,6 @@ from megatron_lite.training.saving import (
     gather,
     load_checkpoint,
     read_progress,
-    save_checkpoint,
 )
 from megatron_lite.training.schedule import learning_rate
 
@@ -52,6 +52,7 @@ class Run:
     metrics: Metrics
     progress: Progress
     stop: StopSignals
+    saver: Saver
 
 
 def train(run: Run) -> None:
@@ -65,7 +66,8 @@ def train(run: Run) -> None:
         logger.info(
             "nothing to do: step %d is done, and train.steps is %d", run.progress.step, run.config.train.steps
         )
-    with contextlib.closing(run.metrics), contextlib.closing(run.train_loader), PeerWatch():
+    files = contextlib.closing(run.metrics), contextlib.closing(run.train_loader)
+    with files[0], files[1], PeerWatch(), _failed_saves_end_the_run(), run.saver:
         _train(run)
     peak = peak_memory_gib(run.engine.runtime.device)
     logger.info("done at step %d | peak memory %.2f GiB", run.progress.step, peak)
@@ -90,17 +92,22 @@ def _train(run: Run) -> None:
         metrics.end_step(
             progress.step, result.loss, result.grad_norm, rate, progress.consumed_tokens, result.skipped
         )
-        stopping = run.stop.agreed()
+        stopping, failed = run.stop.agreed(run.saver.failed)
+        if failed:
+            run.saver.wait()
         if _due(config.train.eval_interval, progress.step, config.train.steps) and not stopping:
             evaluate(run, "valid", run.data.valid)
-        if stopping or _due(config.checkpoint.interval, progress.step, last):
-            _save(run)
-            saved = progress.step
+        full = stopping or _due(config.checkpoint.interval, progress.step, last)
+        weights = _due(config.checkpoint.weights_interval, progress.step, config.train.steps)
+        if full or weights:
+            _save(run, full=full, weights=weights, last=stopping or progress.step == last)
+            saved = progress.step if full else saved
         if stopping:
             logger.info("stopped by %s: the same command goes on from here", run.stop.received or "a signal")
             break
     if saved != progress.step:
-        _save(run)
+        _save(run, last=True)
+    run.saver.wait()
     if begin < progress.step == config.train.steps and config.train.eval_interval is not None:
         evaluate(run, "test", run.data.test)
 
@@ -112,10 +119,15 @@ def _next_batches(engine: Engine, loader: DataLoader) -> list[Batch]:
         raise RunFailed(f"{engine.mesh.describe()}: {error}", shared=False) from error
 
 
-def _save(run: Run) -> None:
+def _save(run: Run, **what: bool) -> None:
     run.progress.data = run.data.state(run.progress.consumed_samples)
+    run.saver.save(run.progress, **what)
+
+
+@contextlib.contextmanager
+def _failed_saves_end_the_run() -> Iterator[None]:
     try:
-        save_checkpoint(run.engine, run.progress)
+        yield
     except CheckpointError as error:
         raise RunFailed(str(error)) from error
 
@@ -190,7 +202,7 @@ def start(config: Config, launch: Launch) -> Run:
     train_loader = loader(data.train, **place, num_workers=config.data.num_workers)
     with agreed_failure():  # and together, so that the first step's time is a step's
         metrics.open(progress.step)
-    return Run(config, engine, train_loader, data, loader, metrics, progress, stop)
+    return Run(config, engine, train_loader, data, loader, metrics, progress, stop, Saver(engine))
 
 
 def _check_same_device(device: torch.device) -> None:

@@ -107,13 +107,16 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
 
-    def agreed(self) -> bool:
-        """Whether any rank was told to stop. Collective: ranks must leave the loop together."""
+    def agreed(self, *others: bool) -> list[bool]:
+        """Whether any rank was told to stop, and for each of `others` whether any rank gave True.
+
+        Collective: ranks must leave the loop together.
+        """
         # On the device of the model: NCCL is faster than gloo at many ranks.
-        flag = torch.tensor(int(self.received is not None), device=self.device)
+        flags = torch.tensor([self.received is not None, *others], dtype=torch.int32, device=self.device)
         if dist.get_world_size() > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
 
 
 def check_finite(engine: Engine, result: StepResult, batches: list[Batch], step: int) -> None:

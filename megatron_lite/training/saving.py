@@ -1,4 +1,4 @@
-"""Saving a run and taking it up again: the engine's pieces, and where training was."""
+"""What a checkpoint of a run holds beside the weights, and taking a run up again."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import CheckpointError, Reader, find_latest, resolve, save
+from megatron_lite.checkpoint import CheckpointError, Reader, find_latest, resolve
 from megatron_lite.config import Config
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.training.engine import Engine
@@ -35,10 +35,10 @@ class Progress:
     data: dict[str, Any] | None = None
 
 
-def gather(value: object) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, in rank order, on every rank; `group` is one of all ranks."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -56,14 +56,10 @@ def agreed_failure() -> Iterator[None]:
         raise ValueError(fault if len(faults) == dist.get_world_size() else f"rank {rank}: {fault}")
 
 
-def save_checkpoint(engine: Engine, progress: Progress) -> Path:
-    """Writes a checkpoint into the output folder. Collective.
-
-    Raises:
-        CheckpointError: on every rank, where any could not write; what was saved before is as it was.
-    """
+def metadata_of(engine: Engine, progress: Progress) -> dict[str, Any]:
+    """What a checkpoint holds beside the pieces; a copy, which later steps do not change."""
     config, mesh = engine.config, engine.mesh
-    metadata = {
+    return {
         "progress": asdict(progress),
         "engine": engine.state(),
         "config": config.model_dump(mode="json"),
@@ -75,20 +71,6 @@ def save_checkpoint(engine: Engine, progress: Progress) -> Path:
             "sequence_parallel": mesh.sequence_parallel,
         },
     }
-    folder = Path(config.train.output_dir) / FOLDER
-    path = save(
-        folder,
-        progress.step,
-        engine.pieces(),
-        metadata,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        gather=gather,
-        keep=config.checkpoint.keep,
-    )
-    if mesh.rank == 0:
-        logger.info("step %d | saved %s", progress.step, path)
-    return path
 
 
 def find_start(config: Config) -> Path | None:

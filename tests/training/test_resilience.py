@@ -206,9 +206,9 @@ def test_nonfinite_is_told_once() -> None:
     assert NonFinite("…").shared
 
 
-def one_rank_is_told(number: int) -> tuple[bool, bool, str | None]:
+def one_rank_is_told(number: int) -> tuple[list[bool], list[bool], str | None]:
     stop = StopSignals(torch.device("cpu"))
-    before = stop.agreed()
+    before = stop.agreed(dist.get_rank() == 2, False)
     if dist.get_rank() == 1:
         os.kill(os.getpid(), number)
     return before, stop.agreed(), stop.received
@@ -217,5 +217,5 @@ def one_rank_is_told(number: int) -> tuple[bool, bool, str | None]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_to_one_rank_stops_all(number: signal.Signals) -> None:
     results = run_ranks(3, one_rank_is_told, number)
-    assert [(before, after) for before, after, _ in results] == [(False, True)] * 3
+    assert [(before, after) for before, after, _ in results] == [([False, True, False], [True])] * 3
     assert [received for *_, received in results] == [None, number.name, None]

@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint import CheckpointError, resolve
 from megatron_lite.training import saving
+from megatron_lite.training.saver import Saver
 from megatron_lite.training.saving import (
     Progress,
     agreed_failure,
     find_start,
     load_checkpoint,
     read_progress,
-    save_checkpoint,
 )
 from tests.distributed import run_ranks
 from tests.training_case import Case, import_what_ranks_import, make_engine, train
@@ -32,7 +32,7 @@ def save_two(case: Case) -> None:
     engine = make_engine(case.config())
     for step in (1, 2):
         train(engine, range(step - 1, step))
-        save_checkpoint(engine, Progress(step, step * 8, step * 128))
+        Saver(engine).save(Progress(step, step * 8, step * 128), last=True)
 
 
 @pytest.fixture(scope="module")

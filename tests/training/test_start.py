@@ -19,7 +19,8 @@ from megatron_lite.parallel.launch import Launch, choose_device, init_distribute
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.training import loop
 from megatron_lite.training.resilience import PeerWatch, _alive
-from megatron_lite.training.saving import Progress, find_start, load_checkpoint, save_checkpoint
+from megatron_lite.training.saver import Saver
+from megatron_lite.training.saving import Progress, find_start, load_checkpoint
 from tests.distributed import RankFailed, run_ranks
 from tests.training_case import Case, import_what_ranks_import, make_engine, train
 
@@ -145,7 +146,7 @@ def save_case(case: Case, folder: Path) -> None:
     config = replace(case, settings={**case.settings, "train.output_dir": str(folder)}).config()
     engine = make_engine(config)
     train(engine, range(1))
-    save_checkpoint(engine, Progress(1, 8, 128))
+    Saver(engine).save(Progress(1, 8, 128), last=True)
 
 
 def load_case(case: Case, folder: Path) -> str:

@@ -1,0 +1,71 @@
+"""A copy in host memory of what a rank saves, so that training goes on while it is written."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_lite.checkpoint.layout import Piece
+
+_ALIGN = 64  # bytes: a cache line, and a multiple of every dtype's width
+
+
+class HostCopy:
+    """Memory for one copy of a rank's pieces, kept from one save to the next: taking it anew would double its time.
+
+    It holds as many bytes as the rank's masters and moments (12 for each parameter that it owns), page-locked where
+    they come from a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._locked = False
+
+    def take(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The same pieces, their data copied; what was taken before is overwritten.
+
+        Raises MemoryError or OSError where the system refuses the memory.
+        """
+        pieces = list(pieces)
+        tensors = [piece.data for piece in pieces if isinstance(piece.data, torch.Tensor)]
+        assert len(tensors) == len(pieces), "a deferred tensor is not copied, it is made in its turn"
+        sizes = [-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors]
+        cuda = any(tensor.is_cuda for tensor in tensors)
+        self._reserve(sum(sizes), locked=cuda)
+        copies, at = [], 0
+        for piece, tensor, size in zip(pieces, tensors, sizes, strict=True):
+            data = self._memory[at : at + tensor.nbytes].view(tensor.dtype)
+            copies.append(replace(piece, data=data.copy_(tensor, non_blocking=True)))
+            at += size
+        if cuda:
+            torch.cuda.synchronize()
+        return copies
+
+    def close(self) -> None:
+        """Give the memory back, after the last use of the copies."""
+        if self._locked:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._memory, self._locked = torch.empty(0, dtype=torch.uint8), False
+
+    def _reserve(self, size: int, locked: bool) -> None:
+        if size > self._memory.numel():
+            self.close()  # first, so that there are never two
+            self._memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        if locked and not self._locked:
+            # Not `pin_memory`, which rounds up to the next power of two. Where the system locks no more memory, the
+            # copy is right all the same, and slower.
+            status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.numel(), 0)
+            self._locked = int(status) == 0
+
+
+def available_bytes() -> int | None:
+    """Host memory that can be taken without swapping; None where the system does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.partition("MemAvailable:")[2].split()[0]) << 10
+    except (OSError, IndexError, ValueError):
+        return None
