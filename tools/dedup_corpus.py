@@ -56,7 +56,10 @@ def _rules(options: argparse.Namespace) -> list[Any]:
         rules.append(MinHash(options.ngram, options.bands, options.rows, options.verify, options.seed))
     if options.decontaminate:
         cut = "span" if options.cut_spans else "document"
-        rules.append(Decontaminate(options.decontaminate, options.evaluation_key, options.words, cut=cut))
+        minimum = min(Decontaminate._field_defaults["minimum"], options.words)
+        rules.append(
+            Decontaminate(options.decontaminate, options.evaluation_key, options.words, minimum, cut)
+        )
     return rules
 
 

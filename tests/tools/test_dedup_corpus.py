@@ -33,6 +33,7 @@ def test_options_become_rules_in_order() -> None:
     assert rules(*options) == [MinHash(3, 20, 5, 0.7, 9)]
     options = ("--decontaminate", "a", "b", "--evaluation-key", "q", "--words", "10", "--cut-spans")
     assert rules(*options) == [Decontaminate(["a", "b"], "q", 10, cut="span")]
+    assert rules("--decontaminate", "a", "--words", "5") == [Decontaminate(["a"], words=5, minimum=5)]
 
 
 def test_counts_are_printed_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
