@@ -158,7 +158,8 @@ def _sources(members: list[_Member], seed: int) -> tuple[Source, ...]:
             weight,
             seed,
         )
-        for m, weight in zip(members, normalized(weights), strict=True)
+        # Without any token, building the datasets says what is wrong.
+        for m, weight in zip(members, normalized(weights) if any(weights) else weights, strict=True)
     )
 
 

@@ -132,6 +132,14 @@ def continued(new: Position, saved: dict[str, Any], consumed: int) -> Position:
             history = taken_of(old, number, given[number])
             source = source._replace(seed=old.sources[number].seed, history=history)
         sources.append(source)
+    replaced = {old.sources[number].prefix for number in left}
+    for source in sources:
+        if source.prefix in replaced and not source.history:
+            logger.warning(
+                "%s holds other data than when the checkpoint was written (its files, or data.split): it begins "
+                "anew, and documents that it held then may be repeated",
+                source.prefix,
+            )
     for number in left:
         history = taken_of(old, number, given[number])
         sources.append(old.sources[number]._replace(weight=0.0, history=history))

@@ -272,13 +272,16 @@ def test_files_that_moved_are_known_again(make_prefix: MakePrefix, tmp_path: Pat
     assert data.position.first == 0 and [s.prefix for s in data.position.sources] == [moved, b]
 
 
-def test_other_content_is_another_source(make_prefix: MakePrefix, tmp_path: Path) -> None:
+def test_other_content_is_another_source(
+    make_prefix: MakePrefix, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also where its lengths are the same."""
     ids = np.arange(240, dtype=np.int32)
     run = Simulation(tmp_path)
     run.job(run.config(20, 4, train=make_prefix([30] * 8, "a", ids)), 2)
     data = run.job(run.config(20, 4, train=make_prefix([30] * 8, "a", ids + 1)), 2)
     assert data.position.first == 8 and [s.weight for s in data.position.sources] == [1.0, 0.0]
+    assert "holds other data than when the checkpoint was written" in caplog.text
 
 
 def test_a_source_listed_twice_gives_different_samples_after_a_change(
@@ -317,6 +320,12 @@ def test_megatrons_order_of_another_length_gives_a_warning(
     run.job(run.config(20, 4, train=a, order="megatron"), 2)
     run.job(run.config(30, 4, train=a, order="megatron"), 2)
     assert "was made for 80 samples, and the run now takes 120" in caplog.text
+
+
+def test_data_without_a_token_are_named(make_prefix: MakePrefix, tmp_path: Path) -> None:
+    run = Simulation(tmp_path)
+    with pytest.raises(DatasetError, match="the train split is empty"):
+        build_run(run.config(2, 4, train=make_prefix([0, 0])))
 
 
 def test_a_finished_run_can_be_asked_again(make_prefix: MakePrefix, tmp_path: Path) -> None:
