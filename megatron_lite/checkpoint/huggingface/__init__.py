@@ -1,17 +1,33 @@
-"""Hugging Face models, both ways: GPT-2, Llama, Mistral (imported), Qwen2 and Qwen3 (dense).
+"""Hugging Face models, both ways: GPT-2, Llama, Mistral, Qwen2 and Qwen3 (dense).
 
-`config` maps config.json, `weights` says which tensor is which, `convert` streams folders, `check` compares
-logits.
+`config` maps config.json, `weights` says which tensor is which, `folder` reads what lies in a folder, `importing` and
+`exporting` stream, `tokenizer` writes the tokenizer's files, `check` judges an export.
 """
 
-from megatron_lite.checkpoint.huggingface.check import build_model, compare_logits
+from megatron_lite.checkpoint.huggingface.check import (
+    build_model,
+    check_export,
+    check_round_trip,
+    compare_logits,
+)
 from megatron_lite.checkpoint.huggingface.config import from_huggingface, to_huggingface
-from megatron_lite.checkpoint.huggingface.convert import export_huggingface, import_huggingface, model_config
+from megatron_lite.checkpoint.huggingface.exporting import (
+    EXPORT_DTYPES,
+    Exported,
+    export_huggingface,
+    model_config,
+)
+from megatron_lite.checkpoint.huggingface.importing import import_huggingface
+from megatron_lite.checkpoint.huggingface.tokenizer import tokenizer_of
 from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 
 __all__ = [
+    "EXPORT_DTYPES",
+    "Exported",
     "Rule",
     "build_model",
+    "check_export",
+    "check_round_trip",
     "compare_logits",
     "export_huggingface",
     "from_huggingface",
@@ -19,4 +35,5 @@ __all__ = [
     "model_config",
     "rules",
     "to_huggingface",
+    "tokenizer_of",
 ]

@@ -1,4 +1,4 @@
-"""An export judged by its reader: transformers and our own model, the same tokens, the same logits."""
+"""An export judged by its readers: our own import, bit by bit, and transformers, logit by logit."""
 
 from __future__ import annotations
 
@@ -8,18 +8,100 @@ from pathlib import Path
 import torch
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.huggingface.convert import model_config
+from megatron_lite.checkpoint.huggingface.config import from_huggingface
+from megatron_lite.checkpoint.huggingface.exporting import model_config, rounded
+from megatron_lite.checkpoint.huggingface.folder import CONFIG, Folder, read_json
+from megatron_lite.checkpoint.huggingface.tokenizer import tokenizer_of, tokenizer_spec
+from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 from megatron_lite.checkpoint.reader import Reader
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import Runtime
+from megatron_lite.tokenizers import Tokenizer, load_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order, through many layers
+# What tokenizers disagree about: spaces, numbers, capitals, accents, scripts without spaces, emoji.
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog. It's 12,345.67 o'clock, isn't it?",
+    "def f(x):\n    if x:\n\t\treturn {'a': [1, 2]}  # two  spaces\r\n\n\n",
+    " naïve café, ÅNGSTRÖM ½ ﬁ, Привет, мир! 東京は日本の首都です。 🙂👩‍👧",
+)
 
 
-def build_model(reader: Reader) -> GPT:
-    """The checkpoint's model in one process, fp32 on the CPU, in evaluation mode."""
+def check_export(source: Path, exported: Path, tokenizer: str | None = None) -> list[str]:
+    """Judge the export of a step folder; lines that say what was compared, and what could not be.
+
+    tokenizer: the specification that the export was given, where it was
+
+    Raises CheckpointError where the export is wrong.
+    """
+    lines = [check_round_trip(source, exported)]
+    if importlib.util.find_spec("transformers") is None:
+        return [
+            *lines,
+            "not checked: transformers is not installed (pip install 'megatron_lite[hf]')",
+        ]
+    difference = compare_logits(source, exported)
+    lines.append(f"checked: transformers' logits differ from ours by at most {difference:.1e} of the largest")
+    return [
+        *lines,
+        *([] if tokenizer_of(exported) is None else [check_tokenizer(source, exported, tokenizer)]),
+    ]
+
+
+def check_round_trip(source: Path, exported: Path) -> str:
+    """Read an export back as an import would: every parameter has the bits of the step folder `source`.
+
+    One parameter is in memory at a time. What was rounded has the bits of the rounded ones; rows of the vocabulary's
+    padding come back as zeros, and so do biases that ours lacks. Raises CheckpointError where a bit differs.
+    """
+    imported = from_huggingface(read_json(exported / CONFIG))
+    count = elements = 0
+    dtypes = set()
+    with Reader(source) as reader:
+        model = model_config(reader)
+        folder = Folder(exported, model)
+        ours = rules(model)
+        folder.check(ours)
+        theirs = {rule.name for rule in rules(imported) if rule.held}
+        if missing := sorted({rule.name for rule in ours if rule.held} - theirs):
+            raise _wrong(exported, f"an import would not have {', '.join(missing[:3])}")
+        for rule in ours:
+            back = folder.parameter(rule)
+            dtypes.add(str(back.dtype).removeprefix("torch."))
+            count, elements = count + 1, elements + back.numel()
+            if not _same_bits(back, _expected(reader, rule, model.vocab_size, back.dtype)):
+                raise _wrong(exported, f"{rule.name} comes back with other bits")
+    kinds = " and ".join(sorted(dtypes))
+    return f"round trip: {count} parameters, {elements:,} numbers in {kinds}, come back bit by bit"
+
+
+def _expected(reader: Reader, rule: Rule, vocabulary: int | None, dtype: torch.dtype) -> torch.Tensor:
+    if not rule.held:
+        return torch.zeros(rule.shape, dtype=dtype)
+    weight = rounded(reader.read(rule.name), dtype, rule.name)
+    if rule.name in ("embed.weight", "head.weight"):
+        weight[vocabulary:] = 0
+    return weight
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same where NaN is like itself, and 0 unlike -0."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    return torch.equal(one.contiguous().view(integers), other.contiguous().view(integers))
+
+
+def build_model(reader: Reader, dtypes: dict[str, torch.dtype] | None = None) -> GPT:
+    """The checkpoint's model in one process, fp32 on the CPU, in evaluation mode.
+
+    dtypes: that parameters are rounded to before they are fp32 again, by their names
+    """
     model = GPT(model_config(reader), Runtime())
-    model.load_weights(lambda name, dim, start, stop: reader.read(name, dim=dim, start=start, stop=stop))
+
+    def load(name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
+        weight = reader.read(name, dim=dim, start=start, stop=stop)
+        return weight.to((dtypes or {}).get(name, weight.dtype))
+
+    model.load_weights(load)
     return model.eval()
 
 
@@ -27,15 +109,19 @@ def build_model(reader: Reader) -> GPT:
 def compare_logits(source: Path, exported: Path, *, tokens: int = 64) -> float | None:
     """The largest difference between the logits of a step folder and of its export.
 
-    Relative to the largest logit; both models run in fp32 on random tokens. None where transformers is not
-    installed. Raises CheckpointError where the difference is more than rounding.
+    Relative to the largest logit; both models run in fp32 on random tokens, ours with its weights rounded as the
+    export's are. None where transformers is not installed. Raises CheckpointError where the difference is more than
+    rounding.
     """
     if importlib.util.find_spec("transformers") is None:
         return None
     from transformers import AutoModelForCausalLM
 
     with Reader(source) as reader:
-        ours = build_model(reader)
+        model = model_config(reader)
+        folder = Folder(exported, model)
+        dtypes = {rule.name: folder.get(rule.huggingface[0]).dtype for rule in rules(model)}
+        ours = build_model(reader, dtypes)
     vocabulary = ours.config.vocab_size
     assert vocabulary is not None, "what is exported has a vocabulary"
     length = min(tokens, ours.config.max_positions)
@@ -45,6 +131,33 @@ def compare_logits(source: Path, exported: Path, *, tokens: int = 64) -> float |
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     difference = float((mine - theirs(ids).logits).abs().max() / mine.abs().max())
     if not difference <= TOLERANCE:
-        fault = f"its logits differ by {difference:.1e} of the largest, more than {TOLERANCE:.0e}"
-        raise CheckpointError(f"{exported}: the export is wrong: {fault}; do not use it")
+        raise _wrong(
+            exported, f"its logits differ by {difference:.1e} of the largest, more than {TOLERANCE:.0e}"
+        )
     return difference
+
+
+def check_tokenizer(source: Path, exported: Path, given: str | None = None) -> str:
+    """Whether transformers reads ids from the exported tokenizer as training did, on `TEXTS`.
+
+    Raises CheckpointError where it does not. Of files that were copied as they are the line says it instead:
+    transformers has rules of its own for some of them, while others read the files themselves.
+    """
+    from transformers import AutoTokenizer
+
+    with Reader(source) as reader:
+        spec = given or tokenizer_spec(reader)
+    assert spec is not None, "what was exported has a specification"
+    ours: Tokenizer = load_tokenizer(spec)
+    theirs = AutoTokenizer.from_pretrained(exported)
+    for text in TEXTS:
+        if theirs(text, add_special_tokens=False).input_ids != ours.encode(text):
+            fault = f"tokenizer: transformers reads other ids from it than {spec}, in {text[:40]!r}"
+            if spec == "byte" or spec.startswith("gpt2:"):
+                raise _wrong(exported, fault)
+            return f"{fault}; the files are copies"
+    return f"tokenizer: transformers reads the same ids from it, in {len(TEXTS)} texts"
+
+
+def _wrong(exported: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"{exported}: the export is wrong: {fault}; do not use it")

@@ -1,13 +1,14 @@
 """config.json of Hugging Face and our model section, both ways.
 
 Keys and defaults are those of transformers' GPT2Config, LlamaConfig, MistralConfig, Qwen2Config and
-Qwen3Config, in the form of release 4 (`rope_theta`, `rope_scaling`) and of release 5 (`rope_parameters`). We
-write the former, which both read.
+Qwen3Config, in the form of release 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and of release 5
+(`rope_parameters`, `dtype`). We write the former, which both read, and so do vLLM and llama.cpp.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_lite.checkpoint.errors import CheckpointError
@@ -23,6 +24,9 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# Keys of mixtures of experts and of quantized weights, which some families have under a dense one's model_type.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_QUANTIZED = ("quantization_config", "compression_config")
 _TIED_BY_DEFAULT = {"gpt2"}  # what a config.json that does not say means
 _EPSILON_BY_DEFAULT = 1e-6  # of the RMSNorm families
 
@@ -61,9 +65,15 @@ def family_of(model: ModelConfig) -> str:
     return "qwen2" if model.qkv_bias and not model.add_bias_linear else "llama"
 
 
-def to_huggingface(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json for `model`, with weights of torch's `dtype` ("float32"). Raises as `family_of` does."""
-    family = family_of(model)
+def to_huggingface(
+    model: ModelConfig, dtype: str, *, family: str | None = None, token_ids: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """config.json for `model`, with weights of torch's `dtype` ("float32"). Raises as `family_of` does.
+
+    family: "mistral" for a model that it computes as "llama" does; null: the one that computes it
+    token_ids: "bos_token_id" and the like, as Hugging Face has them (one id, or a list)
+    """
+    family = _checked_family(model, family)
     if model.vocab_size is None:
         raise CheckpointError("model.vocab_size is null: padding cannot be told from tokens; set it")
     common = {
@@ -75,7 +85,7 @@ def to_huggingface(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
         "torch_dtype": dtype,
-    }
+    } | dict(token_ids or {})
     if family == "gpt2":
         return common | {
             "activation_function": "gelu_new" if model.activation == "gelu_tanh" else "gelu",
@@ -83,6 +93,7 @@ def to_huggingface(model: ModelConfig, dtype: str) -> dict[str, Any]:
             "embd_pdrop": model.hidden_dropout,
             "resid_pdrop": model.hidden_dropout,
             "layer_norm_epsilon": model.norm_epsilon,
+            "n_ctx": model.max_positions,  # what llama.cpp reads; transformers has n_positions
             "n_embd": model.hidden_size,
             "n_head": model.num_attention_heads,
             "n_inner": model.ffn_size,
@@ -91,6 +102,14 @@ def to_huggingface(model: ModelConfig, dtype: str) -> dict[str, Any]:
         }
     if family == "llama":
         common |= {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear}
+    elif family == "mistral":
+        common |= {"sliding_window": None}  # which is 4096 where config.json does not say
+    else:
+        common |= {"sliding_window": None, "use_sliding_window": False}
+    scaling = _scaling_to_huggingface(model)
+    if scaling and scaling["rope_type"] == "llama3":
+        # Besides its place in rope_scaling: llama.cpp takes it from here, or 8192.
+        common |= {"original_max_position_embeddings": scaling["original_max_position_embeddings"]}
     return common | {
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
@@ -103,8 +122,17 @@ def to_huggingface(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": model.norm_epsilon,
         "attention_dropout": model.attention_dropout,
         "rope_theta": model.rotary_base,
-        "rope_scaling": _scaling_to_huggingface(model),
+        "rope_scaling": scaling,
     }
+
+
+def _checked_family(model: ModelConfig, wanted: str | None) -> str:
+    family = family_of(model)
+    if wanted in (None, family):
+        return family
+    if (wanted, family) == ("mistral", "llama") and not model.add_bias_linear:
+        return "mistral"  # a Llama without biases, where its window is as long as its context
+    raise CheckpointError(f"the model is {ARCHITECTURES[family]}'s, and cannot be exported as {wanted}")
 
 
 def _scaling_to_huggingface(model: ModelConfig) -> dict[str, Any] | None:
@@ -132,7 +160,19 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
     family = config.get("model_type")
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"config.json: model_type {family!r} is not one of {known}")
+        fault = f"model_type {family!r} is not one of {known}"
+        if _is_mixture(config):
+            fault = f"model_type {family!r} is a mixture of experts, and only dense models are read: {known}"
+        raise CheckpointError(f"config.json: {fault}")
+    if _is_mixture(config):
+        raise CheckpointError(f"config.json: {family} with experts is not supported, only dense models are")
+    for key in _QUANTIZED:
+        if config.get(key):
+            method = (
+                config[key].get("quant_method", "weights") if isinstance(config[key], dict) else "weights"
+            )
+            remedy = "take the model it was made from, in bf16, fp16 or fp32"
+            raise CheckpointError(f"config.json: {key}: {method} is quantized, which is not read; {remedy}")
     try:
         values = _from_gpt2(config) if family == "gpt2" else _from_llama(config, family)
     except KeyError as error:
@@ -144,6 +184,11 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
         "init_method_std": config.get("initializer_range", 0.02),
     }
     return ModelConfig(**values)
+
+
+def _is_mixture(config: dict[str, Any]) -> bool:
+    family = str(config.get("model_type"))
+    return "moe" in family or family == "mixtral" or any((config.get(key) or 0) > 1 for key in _EXPERTS)
 
 
 def _expect(config: dict[str, Any], **wanted: object) -> None:
@@ -215,6 +260,8 @@ def _positions(config: dict[str, Any], family: str) -> int:
 
 
 def _scaling_from_huggingface(rope: dict[str, Any], config: dict[str, Any]) -> RotaryScaling | None:
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError("config.json: rotary embeddings that differ by layer are not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
@@ -224,7 +271,11 @@ def _scaling_from_huggingface(rope: dict[str, Any], config: dict[str, Any]) -> R
     _expect(rope, attention_factor=None, mscale=None, mscale_all_dim=None, truncate=True)
     values: dict[str, Any] = {"type": kind, "factor": float(rope["factor"])}
     if kind != "linear":
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        # The top level goes first, as in transformers.
+        original = config.get("original_max_position_embeddings")
+        original = (
+            original or rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        )
         values["original_max_position_embeddings"] = original
     for key in _SCALING_KEYS[kind]:
         if rope.get(key) is not None:

@@ -1,0 +1,110 @@
+"""The weights of a Hugging Face folder: which files they are in, and what refuses them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.huggingface.weights import Rule
+from megatron_lite.config import ModelConfig
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+SINGLE = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
+# Buffers that old releases of transformers saved beside the weights: made anew from the configuration.
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Folder:
+    """The tensors of a Hugging Face folder, mapped, by the names that the model with its head gives them.
+
+    Raises CheckpointError for weights in another form than safetensors, and for a shard that is not there.
+    """
+
+    def __init__(self, path: Path, model: ModelConfig) -> None:
+        self.path, self.tied = path, model.tie_embeddings
+        self._where: dict[str, tuple[Any, str]] = {}
+        for file in _weight_files(path):
+            try:
+                opened = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                # GPT-2 on the Hub was saved from the model without its head.
+                bare = name.startswith(("wte.", "wpe.", "h.", "ln_f."))
+                self._where[f"transformer.{name}" if bare else name] = (opened, name)
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor, mapped. Raises CheckpointError where there is none of that name."""
+        if name not in self._where:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is missing; is config.json that of the weights?"
+            )
+        opened, stored = self._where[name]
+        tensor: torch.Tensor = opened.get_tensor(stored)
+        return tensor
+
+    def parameter(self, rule: Rule) -> torch.Tensor:
+        """One of our parameters, put together."""
+        return rule.from_huggingface(*(self.get(name) for name in rule.huggingface))
+
+    def check(self, rules: Iterable[Rule]) -> None:
+        """Raise CheckpointError unless the tensors of `rules` are there, of the right shape, and no others are.
+
+        Others would silently be left behind.
+        """
+        known = set()
+        for rule in rules:
+            for name, shape in zip(rule.huggingface, rule.shapes(), strict=True):
+                tensor = self.get(name)
+                if tensor.dtype not in _DTYPES:
+                    fault = f"tensor {name} is {tensor.dtype}: quantized weights are not read"
+                    raise CheckpointError(f"{self.path}: {fault}")
+                if (found := tuple(tensor.shape)) != shape:
+                    raise CheckpointError(
+                        f"{self.path}: tensor {name} is {found}, and config.json says {shape}"
+                    )
+                known.add(name)
+        others = [name for name in self._where if name not in known and not name.endswith(_BUFFERS)]
+        if self.tied:
+            others = [name for name in others if name != "lm_head.weight"]  # a copy of the embedding
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            listed = ", ".join(others[:3]) + more
+            raise CheckpointError(
+                f"{self.path}: no parameter of ours is {listed}; the model is not supported"
+            )
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    if (folder / SHARD_INDEX).is_file():
+        for file in sorted(set(read_json(folder / SHARD_INDEX)["weight_map"].values())):
+            yield folder / file
+    elif (folder / SINGLE).is_file():
+        yield folder / SINGLE
+    else:
+        remedy = "is it a model folder?"
+        if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
+            remedy = "save it as safetensors: pickled .bin files are not read"
+        elif others := sorted(path.name for path in folder.glob("*.safetensors")):
+            remedy = f"{others[0]} is another layout; take the folder in transformers' own"
+        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {SHARD_INDEX}; {remedy}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError where it cannot be read, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content

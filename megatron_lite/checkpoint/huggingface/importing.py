@@ -1,0 +1,73 @@
+"""From a Hugging Face folder to a checkpoint, one parameter in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.files import Deferred
+from megatron_lite.checkpoint.huggingface.config import from_huggingface
+from megatron_lite.checkpoint.huggingface.folder import CONFIG, GENERATION_CONFIG, Folder, read_json
+from megatron_lite.checkpoint.huggingface.tokenizer import tokenizer_of
+from megatron_lite.checkpoint.huggingface.weights import Rule, rules
+from megatron_lite.checkpoint.layout import Piece
+from megatron_lite.checkpoint.store import save
+from megatron_lite.config import ModelConfig, build_config
+
+
+def import_huggingface(source: Path, target: Path) -> Path:
+    """Write the Hugging Face folder `source` as a checkpoint of step 0, weights only; its step folder.
+
+    It is under `target`/checkpoints, as a run's would be; its configuration names the folder's tokenizer. Weights
+    keep their dtype. Raises CheckpointError for a model that we do not compute (with the reason), for quantized and
+    pickled weights, for tensors that are missing, of another shape, or not accounted for.
+    """
+    theirs = read_json(source / CONFIG)
+    model = from_huggingface(theirs)
+    folder = Folder(source, model)
+    held = [rule for rule in rules(model) if rule.held]
+    folder.check(held)
+    generation = source / GENERATION_CONFIG
+    metadata = {
+        "config": _whole_config(source, target, model, folder.get(held[0].huggingface[0]).dtype),
+        "progress": {"step": 0, "consumed_samples": 0, "consumed_tokens": 0},
+        # For an export of what was imported: what only Hugging Face's tools read.
+        "huggingface": {
+            "config": theirs,
+            "generation_config": read_json(generation) if generation.is_file() else None,
+        },
+    }
+    return save(target / "checkpoints", 0, [_piece(rule, folder) for rule in held], metadata)
+
+
+def _whole_config(source: Path, target: Path, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """A configuration that loads: the model's, the tokenizer's, and the least that training asks for."""
+    tree = {
+        "description": f"imported from {source.name}; only model and data.tokenizer say something",
+        "model": model.model_dump(mode="json"),
+        "data": {"tokenizer": tokenizer_of(source.resolve())},
+        "train": {
+            "micro_batch_size": 1,
+            "global_batch_size": 1,
+            "steps": 1,
+            "output_dir": str(target),
+            "precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
+        },
+        "optimizer": {"lr": 1e-5, "schedule": "constant"},
+    }
+    try:
+        return build_config(tree, str(source / CONFIG)).model_dump(mode="json")
+    except ValueError as error:
+        raise CheckpointError(f"{source / CONFIG}: no configuration of ours: {error}") from error
+
+
+def _piece(rule: Rule, folder: Folder) -> Piece:
+    def load() -> torch.Tensor:
+        return folder.parameter(rule).reshape(-1)
+
+    numel = torch.Size(rule.shape).numel()
+    data = Deferred(folder.get(rule.huggingface[0]).dtype, (numel,), load)
+    return Piece(rule.name, "weight", rule.shape, None, 0, 0, 0, data)

@@ -1,0 +1,178 @@
+"""The tokenizer of a model as the files that Hugging Face's tools, vLLM and llama.cpp look for.
+
+`tokenizer.json` (any tokenizer of the `tokenizers` library), `vocab.json` and `merges.txt` (GPT-2's),
+`tokenizer.model` (SentencePiece's), and `tokenizer_config.json`, which names the class and the special tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.files import write_atomically
+from megatron_lite.checkpoint.reader import Reader
+from megatron_lite.config import TOKENIZER_KINDS, ModelConfig
+from megatron_lite.tokenizers import ByteTokenizer, Tokenizer, TokenizerError, load_tokenizer
+from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer, find_gpt2_files
+from megatron_lite.tokenizers.spm import SentencePieceTokenizer
+
+FAST, SENTENCEPIECE, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+GPT2_FILES = ("vocab.json", "merges.txt")
+# What else lies in a folder of the Hub and belongs to the tokenizer.
+_OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+FILES = (FAST, SENTENCEPIECE, SETTINGS, *GPT2_FILES, *_OTHERS)
+
+
+class Tokens(NamedTuple):
+    """A tokenizer that was written: what to say of it, and ids for config.json ("eos_token_id")."""
+
+    note: str
+    ids: dict[str, int]
+
+
+def tokenizer_of(folder: Path) -> str | None:
+    """`data.tokenizer` for what lies in a Hugging Face folder; None where it holds none that we read."""
+    if (folder / FAST).is_file():
+        return f"hf:{folder}"
+    if (folder / SENTENCEPIECE).is_file():
+        return f"sentencepiece:{folder / SENTENCEPIECE}"
+    return f"gpt2:{folder}" if all((folder / name).is_file() for name in GPT2_FILES) else None
+
+
+def tokenizer_spec(reader: Reader) -> str | None:
+    """`data.tokenizer` of the run that wrote a checkpoint."""
+    spec: str | None = reader.metadata.get("config", {}).get("data", {}).get("tokenizer")
+    return spec
+
+
+def export_tokenizer(reader: Reader, given: str | None, target: Path, model: ModelConfig) -> Tokens:
+    """Write the tokenizer `given`, or the checkpoint's own, into `target`.
+
+    Raises CheckpointError where the one given cannot be read, or has ids that the model lacks; of the checkpoint's
+    own, whose files may be elsewhere by now, the note says it.
+    """
+    spec = given or tokenizer_spec(reader)
+    if spec is None:
+        return Tokens("none: the run had no data.tokenizer", {})
+    assert model.vocab_size is not None, "what is exported has a vocabulary"
+    try:
+        tokenizer = load_tokenizer(spec)
+        if tokenizer.vocab_size > model.vocab_size:
+            fault = f"{spec} has {tokenizer.vocab_size} ids, and the model {model.vocab_size}"
+            raise TokenizerError(f"{fault}; is it the one the model was trained with?")
+    except TokenizerError as error:
+        if given:
+            raise CheckpointError(str(error)) from error
+        return Tokens(f"none: {error}", {})
+    found = _write(spec, tokenizer, target)
+    if not found:
+        kind = spec.partition(":")[0]
+        return Tokens(f"none: {kind} tokenizers have no Hugging Face form", {})
+    if SETTINGS not in found:
+        _write_json(target / SETTINGS, _settings(tokenizer, found, model))
+        found.append(SETTINGS)
+    note = f"{spec} as {', '.join(found)}"
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.adds_tokens:
+        note += "; by itself it puts special tokens around a text, which training here does not"
+    return Tokens(note, _ids(tokenizer, target))
+
+
+def _write(spec: str, tokenizer: Tokenizer, target: Path) -> list[str]:
+    """Write its files; their names, none where it has no form of Hugging Face's."""
+    kind, _, path = spec.partition(":")
+    where = Path(path if kind in TOKENIZER_KINDS else spec)
+    if isinstance(tokenizer, ByteTokenizer):
+        _write_json(target / FAST, _bytes())
+        return [FAST]
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        shutil.copyfile(where, target / SENTENCEPIECE)
+        return [SENTENCEPIECE]
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return []
+    if kind == "gpt2" or (where.is_dir() and not (where / FAST).is_file()):
+        for name, file in zip(GPT2_FILES, find_gpt2_files(path if kind == "gpt2" else where), strict=True):
+            shutil.copyfile(file, target / name)
+        special = HuggingFaceTokenizer.load_gpt2(path if kind == "gpt2" else where, special_tokens="parse")
+        (target / FAST).write_text(special.to_json(), encoding="utf-8")
+        return [FAST, *GPT2_FILES]
+    folder = where if where.is_dir() else where.parent
+    if where.is_file() and where.name != FAST:
+        shutil.copyfile(where, target / FAST)
+        return [FAST]
+    found = [name for name in FILES if (folder / name).is_file()]
+    for name in found:
+        shutil.copyfile(folder / name, target / name)
+    return found
+
+
+def _settings(tokenizer: Tokenizer, files: list[str], model: ModelConfig) -> dict[str, Any]:
+    """tokenizer_config.json. Nothing is put around a text, as in training."""
+    kinds = {SENTENCEPIECE: "LlamaTokenizer", GPT2_FILES[0]: "GPT2Tokenizer"}
+    settings: dict[str, Any] = {
+        "tokenizer_class": next((kinds[name] for name in files if name in kinds), "PreTrainedTokenizerFast"),
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.max_positions,
+    }
+    if tokenizer.eod_id is not None:
+        end = tokenizer.decode([tokenizer.eod_id])
+        # A document begins where the one before it ended; GPT-2 has the same token for both, too.
+        settings |= {"bos_token": end, "eos_token": end}
+        if GPT2_FILES[0] in files:
+            settings["unk_token"] = end
+    return settings
+
+
+def _ids(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
+    """Ids of the first and the last token, as tokenizer_config.json names them."""
+    ids = (
+        {} if tokenizer.eod_id is None else dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eod_id)
+    )
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        settings = json.loads((target / SETTINGS).read_text(encoding="utf-8"))
+        for key in ("bos_token", "eos_token"):
+            name = settings.get(key)
+            name = name.get("content") if isinstance(name, dict) else name
+            if name in tokenizer.special_ids:
+                ids[f"{key}_id"] = tokenizer.special_ids[name]
+    return ids
+
+
+def _bytes() -> dict[str, Any]:
+    """tokenizer.json of the byte tokenizer: byte-level BPE (GPT-2's letters for bytes) without a merge."""
+    tokenizer = ByteTokenizer()
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    end = tokenizer.decode([tokenizer.eod_id])
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": tokenizer.eod_id, "content": end} | plain],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {letters[byte]: byte for byte in range(256)} | {end: tokenizer.eod_id},
+            "merges": [],
+        },
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
