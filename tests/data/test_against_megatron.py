@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.config import DataConfig
 from megatron_lite.data import (
+    DataLoader,
     DatasetError,
     GPTDataset,
     IndexedDataset,
@@ -316,3 +317,49 @@ def test_types_of_ids_are_megatrons(vocab_size: int | None) -> None:
     from megatron.core.datasets.indexed_dataset import DType
 
     assert token_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
+
+
+@needs_megatron
+@pytest.mark.parametrize("mask_loss", [False, True])
+@pytest.mark.parametrize("restart", [False, True])
+def test_masks_and_positions_are_megatrons(tmp_path: Path, mask_loss: bool, restart: bool) -> None:
+    """Of dataset[i], with every sixth id or so the end of a document; attention too, as segments."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset as Theirs
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    class Tokenizer:
+        unique_identifiers = {"class": "none"}  # noqa: RUF012
+        pad, eod, vocab_size = 99, 3, 100
+
+    with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
+        for length in range(5, 60):
+            writer.add_document(np.random.default_rng(length).integers(0, 6, length).astype(np.uint16))
+    config = GPTDatasetConfig(
+        random_seed=5,
+        sequence_length=16,
+        reset_position_ids=restart,
+        reset_attention_mask=True,
+        eod_mask_loss=mask_loss,
+        tokenizer=Tokenizer(),
+        blend=([str(tmp_path / "x")], None),
+        split="1,0,0",
+    )
+    their = BlendedMegatronDatasetBuilder(Theirs, [40, 0, 0], lambda: True, config).build()[0]
+    ours, _, _ = build_datasets(DataConfig(train=str(tmp_path / "x"), split="1", order="megatron"), 16, 5, 40)
+    loader = DataLoader(
+        ours, 40, 40, eod_id=3, eod_mask_loss=mask_loss, reset_position_ids=restart, reset_attention_mask=True
+    )
+    (batch,) = loader.next_step()
+    loader.close()
+    assert batch.segments is not None
+    for number in range(40):
+        expected = their[number]
+        assert batch.tokens[number].tolist() == expected["tokens"].tolist()
+        assert batch.labels[number].tolist() == expected["labels"].tolist()
+        assert batch.loss_mask[number].tolist() == expected["loss_mask"].tolist()
+        positions = range(16) if batch.position_ids is None else batch.position_ids[number]
+        assert list(positions) == expected["position_ids"].tolist()
+        segments = batch.segments[number]
+        may_see = (segments[:, None] == segments) & np.tri(16, dtype=bool)
+        np.testing.assert_array_equal(~may_see, expected["attention_mask"][0].numpy())
