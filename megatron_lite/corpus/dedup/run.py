@@ -80,8 +80,9 @@ def dedup_corpus(
             seconds[name] = time.monotonic() - began
             corpus.rule += 1
         result = _report(corpus, entries)
-        corpus.write(folder / Path(output).name)  # where a killed run leaves nothing
-        os.replace(folder / Path(output).name, output)
+        written = folder / "output" / Path(output).name  # where a killed run leaves nothing
+        corpus.write(written)
+        os.replace(written, output)
         if report is not None:
             save_json(report, result)
     # Not in the file, which is the same for the same input.

@@ -134,6 +134,13 @@ def test_nothing_at_all(tmp_path: Path) -> None:
         assert report["documents"]["read"] == 0 and (tmp_path / f"{number}.jsonl").read_bytes() == b""
 
 
+def test_an_output_may_have_any_name(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["a", "b", "a"])
+    for name in ("verdict.bin", "sizes.bin", "output", "lock"):
+        dedup_corpus([path], tmp_path / name, [Exact()])
+        assert (tmp_path / name).read_bytes() == b"".join(path.read_bytes().splitlines(keepends=True)[:2])
+
+
 def test_an_output_among_the_inputs_is_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", ["a"])
     with pytest.raises(CorpusError, match="among the inputs"):
