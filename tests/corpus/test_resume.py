@@ -136,7 +136,7 @@ def test_kill_9_by_the_clock(corpus: list[Path], tmp_path: Path) -> None:
         assert files(prefix) == files(tmp_path / "whole" / "x")
 
 
-def interrupt(corpus: list[Path], prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt(corpus: list[Path], prefix: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     """Leave a run after its third chunk."""
     write, calls = encode_module._write, []
 
@@ -148,7 +148,7 @@ def interrupt(corpus: list[Path], prefix: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(encode_module, "_write", stopping)
-        run(corpus, prefix)
+        run(corpus, prefix, **options)
 
 
 def chunks_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -203,6 +203,24 @@ def test_a_change_starts_anew(
     assert said in caplog.text
 
 
+def test_what_a_kill_tears_and_what_was_another_run_do_not_count(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, prefix = tmp_path / "whole" / "x", tmp_path / "o" / "x"
+    calls = chunks_of(monkeypatch)
+    run(corpus, whole)
+    chunks = len(calls)
+    interrupt(corpus, prefix, monkeypatch, max_documents=1000)
+    interrupt(corpus, prefix, monkeypatch)
+    with open(tmp_path / "o" / "x.journal.partial", "ab") as file:
+        file.write(b'{"file": 1, "chu')
+    caplog.clear()
+    interrupt(corpus, prefix, monkeypatch)
+    calls.clear()
+    run(corpus, prefix)
+    assert len(calls) == chunks - 6 and "anew" not in caplog.text and files(prefix) == files(whole)
+
+
 def test_unfinished_files_of_other_hands_are_refused(
     corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,8 +246,9 @@ def test_two_runs_do_not_write_at_once(corpus: list[Path], tmp_path: Path) -> No
 def test_the_first_documents_stay_the_first_after_an_interruption(
     corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus[1].write_text("bad\n" * 9 + corpus[1].read_text())
-    wanted = 130
+    lines = corpus[1].read_text().splitlines(keepends=True)
+    corpus[1].write_text("".join([*lines[:20], "bad\n" * 500, *lines[20:]]))  # chunks without a document
+    wanted = 125
     whole = run(corpus, tmp_path / "whole" / "x", max_documents=wanted)
 
     def interrupted(writer: IndexedDatasetWriter) -> None:

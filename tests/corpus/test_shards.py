@@ -50,6 +50,18 @@ def test_joined_shards_are_the_whole(corpus: Path, tmp_path: Path, count: int) -
     assert result(prefix) == result(tmp_path / "whole")
 
 
+def test_files_that_cannot_be_divided_go_whole_to_one_shard(tmp_path: Path) -> None:
+    for number in range(3):
+        lines = "".join(json.dumps({"text": f"{number} {n}", "title": "t"}) + "\n" for n in range(90))
+        (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    files = sorted(tmp_path.glob("*.gz"))
+    whole = encode_corpus(files, tmp_path / "whole", SETTINGS)
+    parts = [encode_corpus(files, tmp_path / "x", SETTINGS, shard=Shard(number, 3)) for number in range(3)]
+    assert whole.read == 270 and [part.read for part in parts] == [90, 90, 90]
+    join_shards(tmp_path / "x")
+    assert result(tmp_path / "x") == result(tmp_path / "whole")
+
+
 def test_a_missing_or_differing_shard_is_named(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="run the shards first"):
         join_shards(tmp_path / "x")

@@ -28,7 +28,7 @@ def test_a_killed_writer_is_continued(tmp_path: Path, done: int) -> None:
     killed = IndexedDatasetWriter(tmp_path / "x", np.uint16, SUFFIX)
     add(killed, BATCHES[:done])
     state = killed.sync()
-    add(killed, BATCHES[done:])  # written after the last sync: it may be on disk or not
+    add(killed, [*BATCHES[done:], ([7] * 9, [4, 5])])  # after the last sync: it may be on disk or not
     killed._flush()
     killed._close_files()
     with IndexedDatasetWriter(tmp_path / "x", np.uint16, SUFFIX, state) as writer:
