@@ -1,0 +1,210 @@
+"""Checkpoints cut anew, on one machine and in bounded memory: another layout, number of files, type, or weights only.
+
+Any layout reads any other, so that this is for moving files about: one a rank, few or many, half as large.
+A piece of at most `PIECE` elements is in memory at a time, whatever the size of the model and of its parameters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.files import (
+    DTYPE_NAMES,
+    Deferred,
+    fsync_directory,
+    write_atomically,
+    write_safetensors,
+)
+from megatron_lite.checkpoint.huggingface import model_config
+from megatron_lite.checkpoint.index import FileEntry, Index, key_of, write_index
+from megatron_lite.checkpoint.layout import Piece, check_coverage, column_size, shard_numel, stored
+from megatron_lite.checkpoint.reader import LATEST, Reader
+from megatron_lite.config import ModelConfig
+from megatron_lite.model.gpt import gpt_layers
+from megatron_lite.model.runtime import Runtime
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parameter import spec_of
+from megatron_lite.parallel.stages import stage_bounds
+
+PIECE = 1 << 26  # elements
+
+
+class Shard(NamedTuple):
+    """What a tensor-parallel rank holds of a parameter: `[start, stop)` along `dim`, all of it where that is None."""
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int | None
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return shard_numel(self.shape, self.dim, self.start, self.stop)
+
+
+def reshard(
+    source: Path,
+    target: Path,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    data: int = 1,
+    weights_only: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the step folder `source` as tensor x pipeline x data files under `target`/checkpoints; its step folder.
+
+    Each data-parallel rank gets an equal part of what its tensor rank and stage hold, as under ZeRO-1. Step and
+    training position stay.
+
+    Raises:
+        CheckpointError: the source does not say what its model is, and needs to; types that would lose what
+            training goes on from; the target is there already, or too large for the disk.
+        ValueError: the model does not divide over the layout.
+    """
+    if dtype is not None and dtype != torch.float32 and not weights_only:
+        raise CheckpointError(
+            f"{dtype} rounds the fp32 weights that training goes on from; keep weights only"
+        )
+    with Reader(source) as reader:
+        kinds = ["weight"] if weights_only else reader.kinds
+        files = [
+            list(_pieces(reader, kinds, held, rank, data, dtype))
+            for held in _shards(reader, tensor, pipeline)
+            for rank in range(data)
+        ]
+        layout = {
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "data": data,
+            "written_by": "tools/convert_checkpoint.py",
+        }
+        return write_files(target, reader.step, files, reader.metadata | {"layout": layout})
+
+
+def count_files(
+    source: Path, largest: int, *, weights_only: bool = False, dtype: torch.dtype | None = None
+) -> int:
+    """In how many equal files the step folder `source` must be cut so that none has more than `largest` bytes."""
+    with Reader(source) as reader:
+        kinds = ["weight"] if weights_only else reader.kinds
+        total = sum(
+            math.prod(reader.shape(name)) * (dtype or reader.dtype(name, kind)).itemsize
+            for kind in kinds
+            for name in reader.names(kind)
+        )
+    return max(1, -(-total // largest))
+
+
+def _shards(reader: Reader, tensor: int, pipeline: int) -> list[list[Shard]]:
+    """What each tensor rank of each stage holds, in the order of the ranks."""
+    if tensor == pipeline == 1:
+        names = reader.names()
+        return [
+            [
+                Shard(name, reader.shape(name), None, 0, column_size(reader.shape(name), None))
+                for name in names
+            ]
+        ]
+    model = model_config(reader)
+    found = [
+        list(_held(model, Mesh(rank=rank, tensor_size=tensor), pipeline, stage))
+        for stage in range(pipeline)
+        for rank in range(tensor)
+    ]
+    for shard in itertools.chain(*found):
+        if reader.shape(shard.name) != shard.shape:
+            stored_as = reader.shape(shard.name)
+            raise CheckpointError(
+                f"{reader.path}: {shard.name} is {stored_as}, its config.model says {shard.shape}"
+            )
+    return found
+
+
+def _held(model: ModelConfig, mesh: Mesh, pipeline: int, stage: int) -> Iterator[Shard]:
+    layers = gpt_layers(model, Runtime(mesh, device=torch.device("meta")))
+    bounds = stage_bounds(layers, pipeline)
+    for layer in layers[bounds[stage] : bounds[stage + 1]]:
+        if layer.tied_to:
+            continue
+        for parameter in layer.build(None).parameters():
+            spec = spec_of(parameter)
+            if spec.dim is not None or mesh.tensor_rank == 0:
+                yield Shard(spec.name, spec.global_shape, spec.dim, spec.start, spec.stop)
+
+
+def _pieces(
+    reader: Reader, kinds: list[str], held: list[Shard], rank: int, ranks: int, dtype: torch.dtype | None
+) -> Iterator[Piece]:
+    """Part `rank` of `ranks` of the shards laid end to end, in pieces that are read when they are written."""
+    width = -(-sum(shard.numel for shard in held) // ranks)
+    end = 0
+    for shard in held:
+        begin, end = end, end + shard.numel
+        low, high = max(rank * width - begin, 0), min((rank + 1) * width - begin, shard.numel)
+        for start in range(low, high, PIECE):
+            stop = min(start + PIECE, high)
+            for kind in kinds:
+                wanted = dtype or reader.dtype(shard.name, kind)
+                data = Deferred(wanted, (stop - start,), _loader(reader, kind, shard, start, stop, wanted))
+                yield Piece(shard.name, kind, shard.shape, shard.dim, shard.start, shard.stop, start, data)
+
+
+def _loader(reader: Reader, kind: str, shard: Shard, start: int, stop: int, dtype: torch.dtype) -> Any:
+    def load() -> torch.Tensor:
+        found = reader.read_flat(shard.name, kind, shard.dim, shard.start, shard.stop, start, stop)
+        reader.close()  # pages of mapped files count as this process's memory until they are unmapped
+        return found.to(dtype)
+
+    return load
+
+
+def write_files(target: Path, step: int, files: list[list[Piece]], metadata: dict[str, Any]) -> Path:
+    """Write a checkpoint of many files from one process, one after the other; its step folder.
+
+    It is under `target`/checkpoints, as a run's would be, and `latest` names it.
+
+    Raises:
+        CheckpointError: a checkpoint of the step is there, the disk has too little room, pieces do not add up.
+    """
+    final = target / "checkpoints" / f"step_{step:08d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if final.exists():
+        raise CheckpointError(f"{final} is there already; give another folder")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(piece.data.numel() * piece.data.dtype.itemsize for pieces in files for piece in pieces)
+    free = shutil.disk_usage(final.parent).free
+    if size > free:
+        raise CheckpointError(
+            f"{target}: {size / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
+        )
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        entries = [_write_file(temporary, number, pieces) for number, pieces in enumerate(files)]
+        check_coverage(piece for entry in entries for piece in entry.pieces.values())
+        write_index(temporary, Index(step, metadata, entries))
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full
+        raise
+    fsync_directory(final.parent)
+    write_atomically(final.parent / LATEST, f"{final.name}\n".encode())
+    return final
+
+
+def _write_file(folder: Path, number: int, pieces: list[Piece]) -> FileEntry:
+    entries = [stored(piece, DTYPE_NAMES[piece.data.dtype]) for piece in pieces]
+    tensors = {key_of(entry): piece.data for entry, piece in zip(entries, pieces, strict=True)}
+    file = f"rank_{number:05d}.safetensors"
+    held = {key_of(entry): entry for entry in entries}
+    return FileEntry(file, held, write_safetensors(folder / file, tensors, {"format": "pt"}))
