@@ -183,3 +183,15 @@ def test_what_it_may_not_encode_is_encoded_by_its_own_library(
 def test_hard_texts_are_many_and_cheap() -> None:
     texts = hard_texts()
     assert len(set("".join(texts))) > 3000 and sum(len(text.encode()) for text in texts) < 100_000
+
+
+@pytest.mark.parametrize("split", module._SPLITS, ids=["cl100k", "o200k"])
+def test_a_tokenizer_json_of_the_newer_kinds_is_encoded_alike(small: str, tmp_path: Path, split: str) -> None:
+    content = json.loads(Path(small.removeprefix("hf:")).read_text())
+    isolated = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+    steps = [isolated, {**content["pre_tokenizer"], "use_regex": False}]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    fast = load_fast_tokenizer(f"hf:{tmp_path}")
+    assert isinstance(fast, GigatokenTokenizer)
+    check_equal(fast, ["the cat's SAT on the 12345 mat!!\n\n  It's", *TEXTS])
