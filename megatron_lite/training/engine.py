@@ -8,7 +8,7 @@ import importlib
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -190,15 +190,11 @@ class Engine:
             averaged.update(dict.fromkeys(averaged))
         return StepResult(float(loss), norm, overflow or not math.isfinite(norm))
 
-    def _fragments(self, parameters: Iterable[nn.Parameter]) -> list[optimizer_state.Fragment]:
-        return optimizer_state.fragments(list(parameters), self.optimizer, self.deepspeed.optimizer)
-
     def pieces(self) -> Iterator[Piece]:
         """What this rank writes into a checkpoint: fp32 masters and Adam moments, but not of tied copies."""
-        held = (p for p in self.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
-        return optimizer_state.pieces(
-            self._fragments(held), self.optimizer, self.mesh, replicated=self.config.zero_stage == 0
-        )
+        held = [p for p in self.module.parameters() if not getattr(p, "ds_pipe_replicated", False)]
+        wrapper, replicated = self.deepspeed.optimizer, self.config.zero_stage == 0
+        return optimizer_state.pieces(held, self.optimizer, wrapper, self.mesh, replicated)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the pieces, as JSON."""
@@ -223,7 +219,8 @@ class Engine:
         with torch.no_grad():
             for parameter in self.module.parameters():
                 self._load_weight(parameter, reader)
-        owned = self._fragments(self.module.parameters())
+        parameters = list(self.module.parameters())
+        owned = optimizer_state.fragments(parameters, self.optimizer, self.deepspeed.optimizer)
         steps = None if weights_only else int(state.get("optimizer_steps", 0))
         optimizer_state.load_pieces(owned, self.optimizer, reader, steps)
         if not weights_only:

@@ -4,8 +4,9 @@ DeepSpeed keeps them in flat buffers laid out differently by each of its optimiz
 by what is true on every layout (name, tensor-parallel slice, flat range), and back.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,25 +87,40 @@ def _partition_rank(parameter: Any) -> int:
 
 
 def pieces(
-    owned: list[Fragment], optimizer: torch.optim.Optimizer, mesh: Mesh, replicated: bool
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    wrapper: Any,
+    mesh: Mesh,
+    replicated: bool,
 ) -> Iterator[Piece]:
     """The pieces this rank writes: every element of the model is written by exactly one rank.
 
+    What several ranks hold alike is divided among them evenly.
+
     Args:
-        replicated: every data-parallel rank holds everything (ZeRO-0), so that the first one writes.
+        parameters: those of this rank that no other pipeline stage writes.
+        optimizer, wrapper: as for `fragments`.
+        replicated: every data-parallel rank holds everything (ZeRO-0).
     """
-    for fragment in owned:
-        spec = fragment.spec
-        if (spec.dim is None and mesh.tensor_rank) or (replicated and mesh.data_rank):
+    data_rank, data_size = (mesh.data_rank, mesh.data_size) if replicated else (0, 1)
+    specs = [spec_of(parameter) for parameter in parameters]
+    turns = _turns([spec for spec in specs if spec.dim is not None], data_rank, data_size)
+    rank, size = mesh.tensor_rank * data_size + data_rank, mesh.tensor_size * data_size
+    turns |= _turns([spec for spec in specs if spec.dim is None], rank, size)
+    for fragment in fragments(parameters, optimizer, wrapper):
+        spec, first = fragment.spec, fragment.flat_start
+        begin, end = (min(max(edge, first), first + fragment.numel) for edge in turns[spec.name])
+        if begin == end:
             continue
-        state = optimizer.state.get(fragment.owner, {})
+        own = replace(fragment, flat_start=begin, offset=fragment.offset + begin - first, numel=end - begin)
+        state = optimizer.state.get(own.owner, {})
         for kind in ("weight", *MOMENTS):
             if kind == "weight":
-                data = fragment.view(fragment.owner)
+                data = own.view(own.owner)
             elif kind in state:
-                data = fragment.view(state[kind])
+                data = own.view(state[kind])
             else:
-                data = torch.zeros(fragment.numel)  # no optimizer step was taken yet
+                data = torch.zeros(own.numel)  # no optimizer step was taken yet
             yield Piece(
                 name=spec.name,
                 kind=kind,
@@ -112,9 +128,23 @@ def pieces(
                 dim=spec.dim,
                 start=spec.start,
                 stop=spec.stop,
-                flat_start=fragment.flat_start,
+                flat_start=own.flat_start,
                 data=data,
             )
+
+
+def _turns(specs: list[ParameterSpec], rank: int, size: int) -> dict[str, tuple[int, int]]:
+    """Of parameters that `size` ranks hold alike, the flat range of each that `rank` writes.
+
+    Laid end to end they are cut into equal parts, so that at most one parameter is cut between two ranks.
+    """
+    numels = [math.prod(spec.shape) for spec in specs]
+    total, found, at = sum(numels), {}, 0
+    first, last = total * rank // size, total * (rank + 1) // size
+    for spec, numel in zip(specs, numels, strict=True):
+        found[spec.name] = (min(max(first - at, 0), numel), min(max(last - at, 0), numel))
+        at += numel
+    return found
 
 
 @torch.no_grad()

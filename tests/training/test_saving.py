@@ -1,13 +1,15 @@
 """Where a run starts from, and that no rank waits for one that found a fault."""
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import CheckpointError, resolve
+from megatron_lite.checkpoint import CheckpointError, Reader, resolve
 from megatron_lite.training import saving
 from megatron_lite.training.saver import Saver
 from megatron_lite.training.saving import (
@@ -149,3 +151,37 @@ def test_another_seed_is_a_warning(run: Path) -> None:
     first, second = run_ranks(2, warned, make(run, train__seed=5))
     assert len(first) == 1 and first[0].startswith("train.seed was 1234 and is 5: other samples follow")
     assert second == []
+
+
+def written(case: Case) -> int:
+    """Bytes this rank writes after a step; the checkpoint is one that every layout may read."""
+    engine = make_engine(case.config())
+    train(engine, range(1))
+    own = sum(piece.data.numel() for piece in engine.pieces())
+    Saver(engine).save(Progress(1, 8, 128), last=True)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("case", "most"),
+    [
+        (Case(data=3, zero=0), 1.001),
+        (Case(2, 1, 2, zero=0), 1.001),
+        (Case(2, 1, 1, zero=1), 1.001),
+        (Case(2, 1, 2, zero=3), 1.15),  # which pads each parameter
+    ],
+    ids=str,
+)
+def test_what_ranks_hold_alike_is_written_in_equal_parts(case: Case, most: float, tmp_path: Path) -> None:
+    import_what_ranks_import()
+    micro = 1 if case.data == 2 else 2
+    settings = {"train.output_dir": str(tmp_path), "train.micro_batch_size": micro}
+    settings |= {"train.global_batch_size": 6} if case.data == 3 else {}
+    case = replace(case, settings=settings)
+    world = case.tensor * case.data
+    sizes = run_ranks(world, written, case)
+    with Reader(resolve(tmp_path)) as reader:
+        reader.verify()
+        total = 3 * sum(math.prod(reader.shape(name)) for name in reader.names())
+    assert sum(sizes) == total
+    assert max(sizes) <= most * total / world, sizes
