@@ -183,6 +183,22 @@ def test_ids_of_another_tokenizer_are_named() -> None:
     DataLoader(Fixed([1, 2, 57]), 1, 1, vocab_size=58, num_workers=0).next_step()
 
 
+@pytest.mark.parametrize(
+    ("ids", "fits"), [([0, 5, 9], True), ([0, 5, 10], False), ([0, -1, 9], False), ([0, 5, -1], False)]
+)
+def test_ids_are_checked_where_they_are_read_in_one_call(
+    make_prefix: MakePrefix, ids: list[int], fits: bool
+) -> None:
+    """Of two inputs and a label: the last id is only ever a label."""
+    dataset = GPTDataset(IndexedDataset(make_prefix([3], tokens=np.array(ids))), range(1), None, 2, seed=1)
+    loader = DataLoader(dataset, 1, 1, vocab_size=10, num_workers=0)
+    if fits:
+        assert loader.next_step()[0].labels.tolist() == [ids[1:]]
+    else:
+        with pytest.raises(DatasetError, match=f"token ids from {min(ids)} to {max(ids)} in samples 0 to 1"):
+            loader.next_step()
+
+
 def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match="not a multiple"):
         DataLoader(Numbered(9), 2, 6, 0, 2)
