@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Keys = NDArray[np.uint64]  # [n, 2]; the first column is spread evenly over all 64 bits
 Positions = NDArray[np.int64]
 
-MERGE_BYTES = 96  # of memory a key while a range is merged: three columns, their copies, order and comparison
+MERGE_BYTES = 136  # of memory a key while a range is merged: three columns, their copies, order and comparison
 
 
 class Run(NamedTuple):
@@ -80,7 +80,7 @@ def merge(runs: Sequence[tuple[int, Run]], memory: int) -> Iterator[tuple[Positi
     """
     for base, run in runs:
         repeats = np.load(run.repeats, mmap_mode="r")
-        step = max(memory // 32, 1)
+        step = max(memory // 64, 1)
         for start in range(0, repeats.shape[1], step):
             part = repeats[:, start : start + step] + base
             yield part[0], part[1]
