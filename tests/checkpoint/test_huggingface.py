@@ -69,6 +69,11 @@ MODELS = {
     "llama-yarn": ("Llama", SMALL | {"rope_parameters": YARN}),
     "llama-linear": ("Llama", SMALL | {"rope_parameters": LINEAR}),
     "mistral": ("Mistral", SMALL | {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-named-ends": (
+        "Mistral",
+        SMALL | {"num_key_value_heads": 4, "sliding_window": None, "bos_token_id": 1, "eos_token_id": [2, 5]},
+    ),
+    "qwen2-untied": ("Qwen2", SMALL | {"num_key_value_heads": 4, "rope_parameters": YARN}),
     "qwen2": ("Qwen2", SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", SMALL | {"num_key_value_heads": 2, "head_dim": 16}),
 }
@@ -86,6 +91,32 @@ def make(name, folder, dtype=torch.float32):
             parameter.copy_(torch.randn(parameter.shape) * 0.15 + (1.0 if parameter.ndim == 1 else 0.0))
     model.save_pretrained(folder)
     return model
+
+
+# What transformers keeps of its own in config.json, which says nothing about the model or means the same unsaid.
+UNSAID = {
+    "_name_or_path",
+    "transformers_version",
+    "n_ctx",
+    "original_max_position_embeddings",
+    "n_inner",
+    "head_dim",
+}
+
+
+def settings(folder):
+    """config.json as transformers reads it, and generation_config.json."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kept = {key: value for key, value in config.to_dict().items() if key not in UNSAID}
+    kept |= {
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    }
+    if rope := kept.get("rope_parameters"):
+        defaults = {"beta_fast": 32.0, "beta_slow": 1.0} if rope["rope_type"] == "yarn" else {}
+        kept["rope_parameters"] = defaults | rope
+    kept |= {"n_inner": getattr(config, "n_inner", None) or 4 * config.hidden_size}
+    generation = transformers.GenerationConfig.from_pretrained(folder).to_dict()
+    return type(config), kept, {key: value for key, value in generation.items() if key not in UNSAID}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,6 +141,8 @@ def test_logits_agree_and_a_round_trip_is_bitwise(tmp_path, name):
     assert all(torch.equal(before[key], after[key]) for key in before)
     difference = compare_logits(step, tmp_path / "back")
     assert difference is not None and difference < 1e-5
+
+    assert settings(tmp_path / "hf") == settings(tmp_path / "back")
 
     again = import_huggingface(tmp_path / "back", tmp_path / "again")
     with Reader(step) as one, Reader(again) as two:
@@ -226,6 +259,14 @@ LLAMA_JSON = {"model_type": "llama"} | SMALL
     ("config", "says"),
     [
         ({"model_type": "gemma2"}, "model_type 'gemma2' is not one of gpt2, llama"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is a mixture of experts, and only dense models"),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is a mixture of experts"),
+        (LLAMA_JSON | {"num_local_experts": 8}, "llama with experts is not supported"),
+        (
+            LLAMA_JSON | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config: gptq is quantized, which is not read; take the model it was made from",
+        ),
+        (LLAMA_JSON | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "that differ by layer"),
         ({"model_type": "gpt2"}, "'n_layer' is missing"),
         (LLAMA_JSON | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
         (LLAMA_JSON | {"attention_bias": True}, "attention_bias True is not supported"),
@@ -289,10 +330,16 @@ def test_folders_that_do_not_fit_are_refused_and_old_forms_are_read(tmp_path):
     edit(tmp_path / "hf", lambda t: (t.pop("extra"), t.update({"wpe.weight": torch.ones(47, 32)})))
     with pytest.raises(CheckpointError, match=r"transformer.wpe.weight is \(47, 32\), .* says \(48, 32\)"):
         import_huggingface(tmp_path / "hf", run)
+    edit(tmp_path / "hf", lambda t: t.update({"wpe.weight": torch.ones(48, 32, dtype=torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"wpe.weight is torch.int8: quantized weights are not read"):
+        import_huggingface(tmp_path / "hf", run)
     edit(tmp_path / "hf", lambda t: t.pop("wpe.weight"))
     with pytest.raises(CheckpointError, match=r"tensor transformer.wpe.weight is missing"):
         import_huggingface(tmp_path / "hf", run)
-    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"consolidated.safetensors is another layout"):
+        import_huggingface(tmp_path / "hf", run)
+    (tmp_path / "hf" / "consolidated.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pickled .bin files are not read"):
         import_huggingface(tmp_path / "hf", run)
     with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
