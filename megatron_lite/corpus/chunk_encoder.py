@@ -96,11 +96,6 @@ class ChunkEncoder:
         if settings.language is not None:
             self._split = sentence_splitter(settings.language, settings.keep_newlines)
 
-    @property
-    def shares_threads(self) -> bool:
-        """Whether it encodes without holding Python's lock."""
-        return isinstance(self.tokenizer, GigatokenTokenizer)
-
     def __call__(self, chunk: Chunk) -> Encoded:
         documents, problems = parse_chunk(chunk, self.settings.keys)
         by_key = zip(*documents, strict=True) if documents else ((),) * len(self.settings.keys)

@@ -28,6 +28,7 @@ from megatron_lite.corpus.shards import WHOLE, Part, Shard, read_parts, write_ma
 from megatron_lite.data import DatasetError, IndexedDatasetWriter, WriterState, sidecar_of, write_sidecar
 from megatron_lite.data.sidecar import Checksums, check_place
 from megatron_lite.data.writer import publish
+from megatron_lite.tokenizers import GigatokenTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def encode_corpus(
         ],
         "settings": asdict(settings) | {"on_error": on_error, "max_documents": max_documents},
         "tokenizer": encoder.tokenizer.fingerprint(),
-        "gigatoken": encoder.shares_threads,
+        "gigatoken": isinstance(encoder.tokenizer, GigatokenTokenizer),
         "chunks": chunk_bytes,
     }
     run = _Run(
@@ -300,9 +301,11 @@ def _work(chunk: Chunk) -> Encoded:
 
 def _encoded(run: _Run, parts: Iterator[Part]) -> Generator[tuple[Part, Encoded]]:
     """Every part encoded, in their order, a bounded number of them in flight."""
-    if run.encoder.shares_threads:
-        # Threads, of which one reads and writes: memory and start are a process's, not many processes'.
-        yield from _in_flight(ThreadPoolExecutor(run.workers), run.encoder, parts, run.workers)
+    if isinstance(run.encoder.tokenizer, GigatokenTokenizer):
+        # Threads, not processes: memory and start of one. One thread more than encode at a time reads JSON meanwhile.
+        run.encoder.tokenizer.allow(run.workers)
+        threads = run.workers + 1
+        yield from _in_flight(ThreadPoolExecutor(threads), run.encoder, parts, threads)
     elif run.workers > 1:
         # Spawned, not forked: tokenizer libraries keep threads, which a fork would break.
         context = multiprocessing.get_context("spawn")

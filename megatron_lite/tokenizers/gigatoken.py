@@ -40,12 +40,22 @@ _SPLITS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-# The library keeps every word it has met: after so much text of a thread it starts anew, which takes 50 ms.
+# The library keeps every word it has met: after so much text its tables are made anew, which takes 50 ms.
 _RENEW_BYTES = 128 << 20
 
 
+class _Tables:
+    """The library's tokenizer with what it has learnt, for one thread at a time."""
+
+    def __init__(self, library: BPETokenizer) -> None:
+        self.library = library
+        self.seen = 0  # bytes
+
+
 class GigatokenTokenizer:
-    """Encodes as `reference` does, and is it in everything else. Threads may share one; each has tables of its own.
+    """Encodes as `reference` does, and is it in everything else. Threads may share one.
+
+    at_once: how many threads encode at the same time; each takes tables of 30 MB and more, which are best kept few
 
     Raises TokenizerError where the library cannot read the vocabulary.
     """
@@ -56,8 +66,12 @@ class GigatokenTokenizer:
         self.vocab_size = reference.vocab_size
         self.eod_id = reference.eod_id
         self._load = _loader(reference, self.vocab_size)
-        self._own = threading.local()
-        self._library()
+        self._idle = [_Tables(self._load())]
+        self.allow(1)
+
+    def allow(self, at_once: int) -> None:
+        """Let so many threads encode at the same time."""
+        self._turns = threading.Semaphore(at_once)
 
     def encode_flat(
         self, texts: Sequence[str], eod_id: int | None = None
@@ -66,11 +80,7 @@ class GigatokenTokenizer:
         if not texts:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
         joined = _BORDER_BYTES.join([*(text.encode("utf-8") for text in texts), b""])
-        # The one call that leaves other threads running, makes no object for a token and does not import awkward
-        # (0.15 s and 50 MB): one row, so that nothing is padded.
-        library = self._library(len(joined))
-        rows, _ = library.encode_batch_padded(self._own.source([joined]), self._own.plain, parallel=False)
-        ids: NDArray[np.uint32] = rows[0]
+        ids = self._encode(joined)
         borders = np.flatnonzero(ids == self.vocab_size)
         if len(borders) != len(texts):
             raise TokenizerError(f"{self.name}: a text holds the code points U+10FFFE U+0000 U+10FFFF")
@@ -85,15 +95,22 @@ class GigatokenTokenizer:
             ids = ids[kept]
         return ids, lengths + full
 
-    def _library(self, size: int = 0) -> BPETokenizer:
-        own = self._own
-        own.size = getattr(own, "size", _RENEW_BYTES) + size
-        if own.size >= _RENEW_BYTES:
-            from gigatoken.gigatoken_rs import BytesSource, PadTruncate
+    def _encode(self, text: bytes) -> NDArray[np.uint32]:
+        from gigatoken.gigatoken_rs import BytesSource, PadTruncate
 
-            own.size, own.library, own.plain, own.source = size, self._load(), PadTruncate(0), BytesSource
-        library: BPETokenizer = own.library
-        return library
+        with self._turns:
+            try:
+                tables = self._idle.pop()
+            except IndexError:
+                tables = _Tables(self._load())
+            # The one call that leaves other threads running, makes no object for a token and does not import awkward
+            # (0.15 s and 50 MB): one row, so that nothing is padded.
+            rows, _ = tables.library.encode_batch_padded(BytesSource([text]), PadTruncate(0), parallel=False)
+            tables.seen += len(text)
+            if tables.seen < _RENEW_BYTES:
+                self._idle.append(tables)
+        ids: NDArray[np.uint32] = rows[0]
+        return ids
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
