@@ -13,7 +13,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,26 @@ def _crc_of_range(file: int, begin: int, size: int) -> int:
     while at < begin + size and (count := os.preadv(file, [buffer[: begin + size - at]], at)):
         crc, at = zlib.crc32(buffer[:count], crc), at + count
     return crc
+
+
+def read_range(file: int, begin: int, out: memoryview, pool: Executor) -> None:
+    """Fill `out` with the bytes of a file descriptor from `begin` on, in the threads of `pool`.
+
+    Raises OSError where the file ends before.
+    """
+
+    def read(at: int) -> None:
+        part = out[at : at + _CHUNK]
+        while part:
+            count = os.preadv(file, [part], begin + at)
+            if count == 0:
+                raise OSError(f"it ends at byte {begin + at}")
+            at, part = at + count, part[count:]
+
+    if len(out) <= _CHUNK:
+        read(0)
+    else:
+        list(pool.map(read, range(0, len(out), _CHUNK)))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

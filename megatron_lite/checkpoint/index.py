@@ -8,6 +8,7 @@ complete.
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections.abc import Mapping
@@ -49,6 +50,19 @@ class FileEntry:
             "header_crc32": written.header_crc,
             "pieces": rows,
         }
+
+    def sizes(self) -> list[int]:
+        """Bytes of the pieces, in file order."""
+        pieces = [self.pieces[key] for key in self.written.tensor_crcs]
+        return [
+            (piece.span.flat_stop - piece.span.flat_start) * DTYPES_BY_NAME[piece.dtype].itemsize
+            for piece in pieces
+        ]
+
+    def offsets(self) -> dict[str, int]:
+        """Where each piece begins in the file."""
+        begins = itertools.accumulate(self.sizes(), initial=self.written.header_bytes)
+        return dict(zip(self.written.tensor_crcs, begins, strict=False))
 
     @classmethod
     def from_json(cls, file: str, entry: Mapping[str, Any], parameters: Mapping[str, Any]) -> FileEntry:
@@ -143,12 +157,8 @@ def check_bytes(folder: Path, entry: FileEntry) -> list[str]:
     if fault := check_size(folder, entry):
         return [fault]
     path, written = folder / entry.file, entry.written
-    sizes = [written.header_bytes]
-    for key in written.tensor_crcs:
-        piece = entry.pieces[key]
-        sizes.append((piece.span.flat_stop - piece.span.flat_start) * DTYPES_BY_NAME[piece.dtype].itemsize)
     try:
-        found = crc_of_ranges(path, sizes)
+        found = crc_of_ranges(path, [written.header_bytes, *entry.sizes()])
     except OSError as error:
         return [f"{path} cannot be read ({error})"]
     wanted = {"its header": written.header_crc} | written.tensor_crcs

@@ -210,3 +210,11 @@ def view(flat: torch.Tensor, within: Rectangle, part: Box) -> torch.Tensor:
     return matrix[
         part.top - within.top : part.bottom - within.top, part.left - within.left : part.right - within.left
     ]
+
+
+def contiguous(within: Rectangle, part: Box) -> int | None:
+    """Where `part` begins in the flat data of a piece that holds `within`; None where it is not one run of it."""
+    width = within.right - within.left
+    if part.bottom - part.top > 1 and part.right - part.left < width:
+        return None
+    return within.offset + (part.top - within.top) * width + part.left - within.left

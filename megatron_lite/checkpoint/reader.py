@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -13,12 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import DTYPES_BY_NAME
+from megatron_lite.checkpoint.files import DTYPES_BY_NAME, READERS, read_range
 from megatron_lite.checkpoint.index import INDEX, check_bytes, check_size, key_of, read_index
 from megatron_lite.checkpoint.layout import (
     Span,
     Stored,
     column_size,
+    contiguous,
     overlaps,
     rectangles,
     shard_numel,
@@ -50,7 +54,10 @@ class Reader:
         for entry in index.files:
             for piece in entry.pieces.values():
                 self._pieces.setdefault((piece.kind, piece.name), []).append((entry.file, piece))
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, FileIO] = {}
+        self._mapped: dict[str, Any] = {}
+        self._offsets: dict[str, dict[str, int]] = {}
+        self._pool = ThreadPoolExecutor(READERS)  # which starts no thread before there is work
 
     def __enter__(self) -> Reader:
         return self
@@ -61,8 +68,11 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        """Unmap the files; the reader opens them again where it is used again."""
+        """Close the files; the reader opens them again where it is used again."""
+        for file in self._open.values():
+            file.close()
         self._open.clear()
+        self._mapped.clear()
 
     @property
     def files(self) -> list[str]:
@@ -129,6 +139,43 @@ class Reader:
 
         What a ZeRO rank owns; only the rows of the stored pieces that hold it are touched.
         """
+        out = torch.zeros(flat_stop - flat_start, dtype=self.dtype(name, kind))
+        self._fill(out, name, kind, dim, start, stop, flat_start, zero_fill=zero_fill)
+        return out
+
+    def read_into(
+        self,
+        target: torch.Tensor,
+        name: str,
+        kind: str,
+        dim: int | None,
+        start: int,
+        stop: int | None,
+        flat_start: int,
+    ) -> None:
+        """What `read_flat` gives from `flat_start` on, into a 1-D tensor of any device and type.
+
+        From the disk to where it belongs, where that is contiguous, in host memory and of the stored type.
+        """
+        if target.dtype == self.dtype(name, kind) and target.device.type == "cpu" and target.is_contiguous():
+            self._fill(target.detach(), name, kind, dim, start, stop, flat_start)
+        else:
+            flat_stop = flat_start + target.numel()
+            target.copy_(self.read_flat(name, kind, dim, start, stop, flat_start, flat_stop))
+
+    def _fill(
+        self,
+        out: torch.Tensor,
+        name: str,
+        kind: str,
+        dim: int | None,
+        start: int,
+        stop: int | None,
+        flat_start: int,
+        *,
+        zero_fill: bool = False,
+    ) -> None:
+        flat_stop = flat_start + out.numel()
         shape, dim, start, stop = self._slice(name, dim, start, stop)
         size = column_size(shape, dim)
         if not (0 <= start < stop and (stop <= size or zero_fill)):
@@ -145,7 +192,6 @@ class Reader:
         if dim is None:
             start, stop = 0, column_size(shape, axis)
         shape = shape or (1,)
-        out = torch.zeros(flat_stop - flat_start, dtype=self.dtype(name, kind))
         targets = rectangles(shape, axis, Span(start, stop, flat_start, flat_stop))
         copied = 0
         for file, piece in pieces:
@@ -153,12 +199,14 @@ class Reader:
             if span.start < stop and start < span.stop:
                 for ours, theirs, box in overlaps(targets, rectangles(shape, axis, span)):
                     part = view(out, ours, box)
-                    part.copy_(view(self._map(file, piece), theirs, box))
+                    if part.is_contiguous() and (begin := contiguous(theirs, box)) is not None:
+                        self._read(file, piece, begin, part)
+                    else:
+                        part.copy_(view(self._map(file, piece), theirs, box))
                     copied += part.numel()
         if copied != out.numel() and not zero_fill:
             fault = f"holds {copied} of the {out.numel()} elements asked for"
             raise self._fault(name, kind, fault, "is the slice inside the parameter?")
-        return out
 
     def _slice(
         self, name: str, dim: int | None, start: int, stop: int | None
@@ -180,14 +228,31 @@ class Reader:
 
     def _map(self, file: str, piece: Stored) -> torch.Tensor:
         """The data of a piece, mapped: bytes are read when they are copied out."""
-        try:
+        with self._reading(file):
+            if file not in self._mapped:
+                self._mapped[file] = safe_open(self.path / file, framework="pt")
+            data: torch.Tensor = self._mapped[file].get_tensor(key_of(piece))
+        return data
+
+    def _read(self, file: str, piece: Stored, begin: int, out: torch.Tensor) -> None:
+        """The elements of a piece from `begin` on into `out`, contiguous, by several threads."""
+        if file not in self._offsets:
+            self._offsets[file] = self._files[file].offsets()
+        at = self._offsets[file][key_of(piece)] + begin * out.itemsize
+        flat = out.as_strided((out.numel(),), (1,))  # a single element may have any stride
+        data = flat.view(torch.uint8).numpy().data
+        with self._reading(file):
             if file not in self._open:
-                self._open[file] = safe_open(self.path / file, framework="pt")
-            data: torch.Tensor = self._open[file].get_tensor(key_of(piece))
+                self._open[file] = (self.path / file).open("rb", buffering=0)
+            read_range(self._open[file].fileno(), at, data, self._pool)
+
+    @contextlib.contextmanager
+    def _reading(self, file: str) -> Iterator[None]:
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             fault = f"{self.path / file} cannot be read ({error})"
             raise CheckpointError(f"{fault}; use another step or restore the file") from error
-        return data
 
     def _fault(self, name: str, kind: str, fault: str, remedy: str) -> CheckpointError:
         return CheckpointError(f"{self.path / INDEX}: parameter {name} ({kind}) {fault}; {remedy}")

@@ -231,15 +231,13 @@ class Engine:
         spec = spec_of(parameter)
         if hasattr(parameter, "ds_tensor"):
             size = parameter.ds_tensor.ds_numel
-            start = size * dist.get_rank(group=parameter.ds_process_group)
-            stop = min(start + size, parameter.ds_numel)
-            if start < stop:
-                part = reader.read_flat(spec.name, "weight", spec.dim, spec.start, spec.stop, start, stop)
-                parameter.ds_tensor.view(-1)[: stop - start].copy_(part)
-            if getattr(parameter, "ds_persist", False):  # small parameters stay gathered on every rank
-                parameter.data.copy_(reader.read(spec.name, dim=spec.dim, start=spec.start, stop=spec.stop))
-            return
-        parameter.copy_(reader.read(spec.name, dim=spec.dim, start=spec.start, stop=spec.stop))
+            begin = size * dist.get_rank(group=parameter.ds_process_group)
+            own = parameter.ds_tensor.view(-1)[: max(0, min(size, parameter.ds_numel - begin))]
+            if own.numel():
+                reader.read_into(own, spec.name, "weight", spec.dim, spec.start, spec.stop, begin)
+            if not getattr(parameter, "ds_persist", False):
+                return  # only small parameters stay gathered on every rank
+        reader.read_into(parameter.data.view(-1), spec.name, "weight", spec.dim, spec.start, spec.stop, 0)
 
 
 class PlainEngine(Engine):

@@ -154,8 +154,8 @@ def load_pieces(
     """Fills this rank's masters, and unless `optimizer_steps` is None its moments, from a checkpoint of any layout."""
     for fragment in owned:
         spec, owner = fragment.spec, fragment.owner
-        where = (spec.dim, spec.start, spec.stop, fragment.flat_start, fragment.flat_start + fragment.numel)
-        fragment.view(owner).copy_(reader.read_flat(spec.name, "weight", *where))
+        where = (spec.dim, spec.start, spec.stop, fragment.flat_start)
+        reader.read_into(fragment.view(owner), spec.name, "weight", *where)
         if optimizer_steps is None:
             continue
         state = optimizer.state[owner]
@@ -164,7 +164,7 @@ def load_pieces(
                 state[kind] = torch.zeros_like(owner)
         state["step"] = torch.tensor(float(optimizer_steps), device=owner.device)
         for kind in MOMENTS:
-            fragment.view(state[kind]).copy_(reader.read_flat(spec.name, kind, *where))
+            reader.read_into(fragment.view(state[kind]), spec.name, kind, *where)
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> int:

@@ -167,6 +167,28 @@ def test_missing_and_truncated_files_are_named_on_opening(tmp_path):
         Reader(path)
 
 
+def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
+    path = save_state(tmp_path, 1, random_state(0))
+    with Reader(path) as reader:
+        os.truncate(path / "rank_00000.safetensors", 2000)
+        with pytest.raises(CheckpointError, match=r"rank_00000.safetensors cannot be read \(it ends at byte"):
+            reader.read("blocks.0.mlp.linear_fc2.weight", "exp_avg_sq")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_into_a_tensor_of_any_type_and_stride(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr("megatron_lite.checkpoint.files._CHUNK", 16)  # so that threads share a piece
+    state = random_state(0)
+    with Reader(save_state(tmp_path, 1, state, 2, 1, 3, 1)) as reader:
+        for name, (dim, start, stop, low, high) in [one for rank in layout(4, 1, 2, 3) for one in rank]:
+            expected = cut(state["exp_avg"][name], dim, start, stop, low, high).to(dtype)
+            for step in (1, 2):
+                around = torch.full((len(expected) + 2, step), 7.0, dtype=dtype)
+                reader.read_into(around[1:-1, 0], name, "exp_avg", dim, start, stop, low)
+                assert torch.equal(around[1:-1, 0], expected)
+                assert (around[[0, -1]] == 7).all() and (around[:, 1:] == 7).all(), "nothing beside it"
+
+
 def test_an_index_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_lite.checkpoint.index.VERSION", 2)
     path = save_state(tmp_path, 1, random_state(0))
