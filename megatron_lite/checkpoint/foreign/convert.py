@@ -198,7 +198,7 @@ def _plan(
                 f"{opened.folder}: {theirs[name]} is {stored}, its settings say {spec.global_shape}"
             )
         if ".linear_qkv." in name and "query_key_value" in theirs[name]:
-            change = _ordered(model, float(opened.common.get("checkpoint_version") or 3.0))
+            change = _ordered(model, float(opened.common.get("checkpoint_version", 3.0)))
         if ".linear_fc1." in name and isinstance(opened, Universal):
             _check_halves(opened, theirs[name], model)
         plan.append(_Rule(name, spec.global_shape, theirs[name], change))
