@@ -2,8 +2,8 @@
 
     python benchmarks/loader.py [--rounds N] [--until SECONDS] [loader] [index]
 
-`loader`: samples of --seq-length tokens a second, on one thread that reads and one that takes, from files that are in
-the page cache. Sides take turns within one process, so that ratios are of the same minute. Ours, Megatron's dataset
+`loader`: samples of --seq-length tokens a second from files that are in the page cache, on one thread where nothing
+else is said. Sides take turns within one process, so that ratios are of the same minute. Ours, Megatron's dataset
 and the plain copy read samples in a random order, nanoGPT from random places. What each makes of a sample differs:
 ours and Megatron's make int64 inputs and labels and a float32 mask (Megatron's one sample at a time, positions too, no
 batch), nanoGPT int64 inputs and labels, the plain copy nothing but the ids as they are stored.
@@ -145,10 +145,11 @@ def loader(options: argparse.Namespace, folder: Path) -> None:
         members = [GPTDataset(indexed, range(p[0], p[-1] + 1), size, length, 1) for p in parts]
         marks = dict.fromkeys(("eod_mask_loss", "reset_position_ids", "reset_attention_mask"), True)
         sides = {
-            "ours": ours(dataset),
-            "ours, 2 threads": ours(dataset, num_workers=2),
-            "ours, masks, positions, segments": ours(dataset, **marks),
-            "ours, blend of 4": ours(BlendedDataset(members, index)),
+            "ours": ours(dataset, num_workers=0),
+            "ours, 1 thread ahead": ours(dataset, num_workers=1),
+            "ours, 2 threads ahead": ours(dataset, num_workers=2),
+            "ours, masks, positions, segments": ours(dataset, num_workers=0, **marks),
+            "ours, blend of 4": ours(BlendedDataset(members, index), num_workers=0),
             "plain copy": plain_copy(indexed, length),
         }
         if importlib.util.find_spec("torch") is not None:

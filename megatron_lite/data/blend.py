@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_lite.data import _index
 from megatron_lite.data.cache import Arrays, cached
 from megatron_lite.data.errors import DatasetError
-from megatron_lite.data.gpt import SampleDataset, reader_of
+from megatron_lite.data.gpt import SampleDataset, read_rows, reader_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,4 +115,6 @@ class BlendedDataset:
         return self.datasets[self._dataset[sample]][int(self._sample[sample])]
 
     def batch(self, samples: Sequence[int] | range) -> NDArray[np.int64]:
+        if self.reader is not None:
+            return read_rows(self.reader, samples)
         return np.stack([self[sample] for sample in samples])
