@@ -8,7 +8,6 @@ Usage: data_peers.py encode KIND INPUT OUTPUT TOKENIZER WORKERS
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -200,8 +199,9 @@ INDICES = {"megatron_lite": our_index, "megatron-core": megatron_index}
 
 
 def _memory() -> int:
-    """The most bytes this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    """The most bytes this process has held (getrusage's begin with those of the process that started it)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
 if __name__ == "__main__":
