@@ -9,6 +9,7 @@ import torch
 
 from megatron_lite.checkpoint import CheckpointError, Reader
 from megatron_lite.checkpoint.huggingface import (
+    check,
     check_export,
     check_round_trip,
     compare_logits,
@@ -18,7 +19,7 @@ from megatron_lite.checkpoint.huggingface import (
 )
 from megatron_lite.checkpoint.huggingface.check import TEXTS
 from megatron_lite.tokenizers import CharTokenizer, load_tokenizer
-from tests.checkpoint.huggingface_models import OURS, ours, transformers
+from tests.checkpoint.huggingface_models import LLAMA3_SCALING, OURS, ours, transformers
 from tools.generate import main as generate
 
 
@@ -65,6 +66,44 @@ def test_weights_are_rounded_to_the_type_asked_for(tmp_path, dtype, bits):
     assert f"in {bits}, come back bit by bit" in lines[0]
     # Against the unrounded weights it would be a thousand times as much.
     assert compare_logits(step, tmp_path / "hf") < 1e-5
+
+
+def test_a_model_larger_than_memory_is_checked_as_far_as_it_can_be(tmp_path, monkeypatch):
+    model, step = ours("llama-gqa", tmp_path / "run")
+    export_huggingface(step, tmp_path / "hf")
+    monkeypatch.setattr(check, "compare_logits", lambda *_: pytest.fail("memory would not be enough"))
+    monkeypatch.setattr(check, "available_memory", lambda: 4 * model.parameter_count())
+    lines = check_export(step, tmp_path / "hf")
+    assert (
+        "bit by bit" in lines[0]
+        and "not checked: transformers' logits, since the model in fp32 needs" in lines[1]
+    )
+    assert "the same ids" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("gpt2", {"ffn_hidden_size": 96}, "llama.cpp reads only a GPT-2 whose feed-forward part"),
+        ("gpt2-untied", {}, "llama.cpp computes gelu by its tanh"),
+        ("qwen2", {"kv_channels": 16}, "vLLM takes hidden_size / num_attention_heads"),
+        (
+            "qwen3",
+            {"rotary_scaling": LLAMA3_SCALING},
+            "llama.cpp knows rotary scaling of type llama3 in Llama",
+        ),
+    ],
+)
+def test_what_other_readers_compute_otherwise_is_said(tmp_path, name, changes, says):
+    _, step = ours(name, tmp_path / "run", **changes)
+    export_huggingface(step, tmp_path / "hf")
+    assert [line for line in check_export(step, tmp_path / "hf") if line.startswith(f"note: {says}")]
+
+
+def test_nothing_is_said_where_all_readers_agree(tmp_path):
+    for name in ("gpt2", "llama-gqa", "llama3-tied", "qwen2", "qwen3"):
+        _, step = ours(name, tmp_path / name / "run")
+        assert check.reader_notes(export_huggingface(step, tmp_path / name / "hf").config) == []
 
 
 def test_a_weight_too_large_for_fp16_is_refused_and_nothing_is_left(tmp_path):

@@ -20,6 +20,7 @@ from megatron_lite.model.runtime import Runtime
 from megatron_lite.tokenizers import Tokenizer, load_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order, through many layers
+MEMORY_FACTOR = 1.25  # of the weights in fp32: what else a forward pass takes, and a parameter on its way
 # What tokenizers disagree about: spaces, numbers, capitals, accents, scripts without spaces, emoji.
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. It's 12,345.67 o'clock, isn't it?",
@@ -36,17 +37,59 @@ def check_export(source: Path, exported: Path, tokenizer: str | None = None) -> 
     Raises CheckpointError where the export is wrong.
     """
     lines = [check_round_trip(source, exported)]
+    with Reader(source) as reader:
+        needed = round(MEMORY_FACTOR * 4 * model_config(reader).parameter_count())
+    available = available_memory()
     if importlib.util.find_spec("transformers") is None:
-        return [
-            *lines,
-            "not checked: transformers is not installed (pip install 'megatron_lite[hf]')",
-        ]
-    difference = compare_logits(source, exported)
-    lines.append(f"checked: transformers' logits differ from ours by at most {difference:.1e} of the largest")
-    return [
-        *lines,
-        *([] if tokenizer_of(exported) is None else [check_tokenizer(source, exported, tokenizer)]),
-    ]
+        lines.append("not checked: transformers is not installed (pip install 'megatron_lite[hf]')")
+    elif available is not None and needed > available:
+        room = (
+            f"the model in fp32 needs {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
+        )
+        lines.append(f"not checked: transformers' logits, since {room}")
+    else:
+        difference = compare_logits(source, exported)
+        lines.append(
+            f"checked: transformers' logits differ from ours by at most {difference:.1e} of the largest"
+        )
+    if tokenizer_of(exported) is not None and importlib.util.find_spec("transformers") is not None:
+        lines.append(check_tokenizer(source, exported, tokenizer))
+    return lines + [f"note: {note}" for note in reader_notes(read_json(exported / CONFIG))]
+
+
+def reader_notes(config: dict[str, Any]) -> list[str]:
+    """What vLLM and llama.cpp would compute otherwise than transformers and we do, by their code of 2025 and 2026."""
+    notes = []
+    if config["model_type"] == "gpt2":
+        if config["n_inner"] != 4 * config["n_embd"]:
+            notes.append("llama.cpp reads only a GPT-2 whose feed-forward part is 4 x n_embd wide")
+        if config["activation_function"] == "gelu":
+            notes.append(
+                "llama.cpp computes gelu by its tanh approximation, so that logits differ in the 3rd digit"
+            )
+        return notes
+    width = config["head_dim"] * config["num_attention_heads"]
+    if config["model_type"] == "qwen2" and width != config["hidden_size"]:
+        notes.append(
+            "vLLM takes hidden_size / num_attention_heads for Qwen2's head_dim, which is another here"
+        )
+    kind = (config["rope_scaling"] or {}).get("rope_type")
+    if kind == "llama3" and config["model_type"] in ("qwen2", "qwen3"):
+        notes.append("llama.cpp knows rotary scaling of type llama3 in Llama and Mistral models only")
+    return notes
+
+
+def available_memory() -> int | None:
+    """Bytes that are free on this machine, and allowed to its container; None where Linux does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return free
 
 
 def check_round_trip(source: Path, exported: Path) -> str:
