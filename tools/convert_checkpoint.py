@@ -1,11 +1,17 @@
-"""Convert a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
+"""Convert checkpoints: ours cut anew, to and from Hugging Face, to plain safetensors, from Megatron-LM and DeepSpeed.
 
     python tools/convert_checkpoint.py --load runs/gpt --save exported/gpt --to hf
+    python tools/convert_checkpoint.py --load runs/gpt --save exported/gpt --to safetensors --dtype bf16
+    python tools/convert_checkpoint.py --load runs/gpt --save runs/gpt-tp8 --to megatron_lite --tensor 8 --data 4
     python tools/convert_checkpoint.py --load Llama-3.2-1B --save runs/llama --to megatron_lite
+    python tools/convert_checkpoint.py --load megatron/checkpoints --save runs/gpt --to megatron_lite
 
-One parameter is in memory at a time. An export is checked before it is called done: read back, every parameter has the
-bits that were written; transformers loads it, and its logits must be those of our own model (one after the other is in
-memory then, in fp32); its tokenizer must give our ids. --no-check leaves this out.
+Any layout reads any other, so that cutting anew is for moving files about: one a rank, few or many, weights only.
+What --to megatron_lite reads, besides ours: a Hugging Face folder; Megatron-LM's torch_dist; DeepSpeed's universal, of
+Megatron-DeepSpeed's models. The optimizer state comes along where the format has it for every parameter.
+One parameter is in memory at a time. An export to hf is checked before it is called done: read back, every parameter
+has the bits that were written; transformers loads it, and its logits must be those of our own model (one after the
+other is in memory then, in fp32); its tokenizer must give our ids. --no-check leaves this out.
 Exit status: 0 done, 2 what was asked for cannot be done.
 """
 
@@ -15,7 +21,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_lite.checkpoint import Reader, resolve
+from megatron_lite.checkpoint import CheckpointError, Reader, resolve
+from megatron_lite.checkpoint.foreign import find_foreign, import_foreign
 from megatron_lite.checkpoint.huggingface import (
     EXPORT_DTYPES,
     check_export,
@@ -23,9 +30,50 @@ from megatron_lite.checkpoint.huggingface import (
     import_huggingface,
     tokenizer_of,
 )
+from megatron_lite.checkpoint.merge import merge
+from megatron_lite.checkpoint.reshard import count_files, reshard
+from megatron_lite.config import load_config
+
+_SOURCES = {
+    "own": "a checkpoint of ours",
+    "hf": "a Hugging Face folder",
+    "foreign": "a checkpoint of Megatron-LM or DeepSpeed",
+}
+# What each option is for: kinds of --to, or of what --load names where that is "megatron_lite".
+_APPLIES = {
+    "dtype": {"hf", "safetensors", "own"},
+    "shard_gb": {"hf", "safetensors", "own"},
+    "tokenizer": {"hf"},
+    "tensor": {"own"},
+    "pipeline": {"own"},
+    "data": {"own"},
+    "weights_only": {"own", "foreign"},
+    "config": {"foreign"},
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        source = source_of(options.load) if options.to == "megatron_lite" else "own"
+        check_options(options, source)
+        if options.to == "hf":
+            to_huggingface(options)
+        elif options.to == "safetensors":
+            to_safetensors(options)
+        elif source == "hf":
+            from_huggingface(options.load, options.save)
+        elif source == "foreign":
+            from_foreign(options)
+        else:
+            cut_anew(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,39 +82,133 @@ def main(arguments: list[str] | None = None) -> int:
         required=True,
         type=Path,
         metavar="DIR",
-        help="a step folder or a run's output directory (its newest whole checkpoint); a Hugging Face folder",
+        help="a step folder or a run's output directory (its newest whole checkpoint); a folder of another system",
     )
     parser.add_argument("--save", required=True, type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--to", required=True, choices=("hf", "megatron_lite"), help="format to write")
-    parser.add_argument("--no-check", action="store_true", help="do not read an export back and compare it")
-    export = parser.add_argument_group("exports")
-    export.add_argument("--dtype", choices=tuple(EXPORT_DTYPES), help="of the weights; as they are stored")
-    export.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="GB", help="most weights in one file (%(default)s)"
+    parser.add_argument(
+        "--to", required=True, choices=("hf", "safetensors", "megatron_lite"), help="format to write"
     )
-    export.add_argument("--tokenizer", metavar="SPEC", help="instead of the one the model was trained with")
-    options = parser.parse_args(arguments)
-    try:
-        if options.to == "hf":
-            to_huggingface(options)
-        else:
-            to_megatron_lite(options.load, options.save)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not verify what is read, nor read an export back and compare it",
+    )
+    parser.add_argument("--dtype", choices=tuple(EXPORT_DTYPES), help="of the weights; as they are stored")
+    parser.add_argument("--shard-gb", type=float, metavar="GB", help="most of it in one file (5)")
+    parser.add_argument("--weights-only", action="store_true", help="leave the optimizer state out")
+    parser.add_argument(
+        "--tokenizer", metavar="SPEC", help="hf: instead of the one the model was trained with"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="of the model, where what is imported does not say how it is made",
+    )
+    layout = parser.add_argument_group("layout to cut for; tensor x pipeline x data files")
+    for name in ("tensor", "pipeline", "data"):
+        layout.add_argument(f"--{name}", type=positive, metavar="N", help=f"{name}-parallel ranks (1)")
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def source_of(path: Path) -> str:
+    """What kind of checkpoint a folder holds, a key of _SOURCES."""
+    if find_foreign(path) is not None:
+        return "foreign"
+    ours = (path / "index.json").is_file() or (path / "checkpoints").is_dir()
+    return "hf" if (path / "config.json").is_file() and not ours else "own"
+
+
+def check_options(options: argparse.Namespace, source: str) -> None:
+    """Raises CheckpointError for options that would have no effect."""
+    what = source if options.to == "megatron_lite" else options.to
+    for name, kinds in _APPLIES.items():
+        if getattr(options, name) not in (None, False) and what not in kinds:
+            action = f"--to {options.to}" + (
+                f" from {_SOURCES[source]}" if options.to == "megatron_lite" else ""
+            )
+            remedy = (
+                "; import it first, then convert what came of it"
+                if "own" in kinds and source != "own"
+                else ""
+            )
+            raise CheckpointError(f"--{name.replace('_', '-')} has no effect with {action}{remedy}")
+    if options.shard_gb is not None and (
+        options.shard_gb <= 0 or options.tensor or options.pipeline or options.data
+    ):
+        raise CheckpointError(
+            "--shard-gb must be above 0, and the files of a layout are as large as its ranks' parts"
+        )
+
+
+def file_bytes(options: argparse.Namespace) -> int:
+    return int((5.0 if options.shard_gb is None else options.shard_gb) * 1e9)
+
+
+def verified(options: argparse.Namespace) -> Path:
+    """The step folder of ours that --load means, read through."""
+    source = resolve(options.load)
+    if not options.no_check:
+        with Reader(source) as reader:
+            reader.verify()
+        print(f"{source}: whole, every checksum right")
+    return source
+
+
+def cut_anew(options: argparse.Namespace) -> None:
+    source, dtype = verified(options), EXPORT_DTYPES.get(options.dtype)
+    layout = {name: getattr(options, name) or 1 for name in ("tensor", "pipeline", "data")}
+    if not (options.tensor or options.pipeline or options.data):
+        wanted = file_bytes(options)
+        layout["data"] = count_files(source, wanted, weights_only=options.weights_only, dtype=dtype)
+    step = reshard(source, options.save, **layout, weights_only=options.weights_only, dtype=dtype)
+    with Reader(step) as reader:
+        size = sum(file.stat().st_size for file in step.iterdir())
+        count = len(reader.files)
+        print(
+            f"{step}: {count} {'file' if count == 1 else 'files'}, {size / 1e9:.3f} GB, holds {', '.join(reader.kinds)}"
+        )
+
+
+def to_safetensors(options: argparse.Namespace) -> None:
+    source, wanted = verified(options), file_bytes(options)
+    files = merge(source, options.save, dtype=EXPORT_DTYPES.get(options.dtype), file_bytes=wanted)
+    print(
+        f"{options.save}: weights under their own names in {', '.join(files[:3])}{' …' if files[3:] else ''}"
+    )
+
+
+def from_foreign(options: argparse.Namespace) -> None:
+    source = find_foreign(options.load)
+    assert source is not None, "options.load was looked at"
+    config = load_config(options.config) if options.config else None
+    imported = import_foreign(source, options.save, config=config, weights_only=options.weights_only)
+    with Reader(imported.folder) as reader:
+        if not options.no_check:
+            reader.verify()
+        print(f"{imported.folder}: {len(reader.names())} parameters, holds {', '.join(reader.kinds)}")
+    model = imported.model
+    print(f"vocabulary of {model.vocab_size} tokens, {model.padded_vocab_size} rows")
+    settings = f"--set checkpoint.load={options.save}"
+    if imported.lost is not None:
+        print(f"weights only: {imported.lost}")
+        settings += " --set checkpoint.weights_only=true"
+    print(f"start a run from it with {settings}")
 
 
 def to_huggingface(options: argparse.Namespace) -> None:
-    source = resolve(options.load)
-    with Reader(source) as reader:
-        reader.verify()
-    print(f"{source}: whole, every checksum right")
+    source = verified(options)
     exported = export_huggingface(
         source,
         options.save,
         dtype=EXPORT_DTYPES.get(options.dtype),
-        shard_bytes=int(options.shard_gb * 1e9),
+        shard_bytes=file_bytes(options),
         tokenizer=options.tokenizer,
     )
     model, files = exported.model, len(exported.files)
@@ -81,7 +223,7 @@ def to_huggingface(options: argparse.Namespace) -> None:
             print(line)
 
 
-def to_megatron_lite(load: Path, save: Path) -> None:
+def from_huggingface(load: Path, save: Path) -> None:
     step = import_huggingface(load, save)
     with Reader(step) as reader:
         reader.verify()

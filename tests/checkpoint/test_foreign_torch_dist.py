@@ -1,17 +1,14 @@
 """Megatron-LM's torch_dist checkpoints: Megatron-core's own models come in and compute the same."""
 
-import argparse
 import io
 import os
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from megatron_lite.checkpoint import KINDS, CheckpointError, Reader
 from megatron_lite.checkpoint.foreign import find_foreign, import_foreign
@@ -21,31 +18,7 @@ from megatron_lite.checkpoint.foreign.pickles import Opaque, read_pickle, read_s
 from megatron_lite.checkpoint.foreign.torch_dist import TorchDist, _unflatten
 from megatron_lite.checkpoint.huggingface import build_model
 from tests.checkpoint.megatron_models import SETTINGS
-
-ROWS = 24
-PLAIN = {
-    "num_layers": 1,
-    "hidden_size": 8,
-    "num_attention_heads": 2,
-    "seq_length": 6,
-    "vocab_size": 21,
-    "make_vocab_size_divisible_by": 8,
-    "swiglu": True,
-    "add_bias_linear": False,
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "ffn_hidden_size": 12,
-}
-SHAPES = {
-    "embedding.word_embeddings.weight": (ROWS, 8),
-    "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": (8,),
-    "decoder.layers.0.self_attention.linear_qkv.weight": (24, 8),
-    "decoder.layers.0.self_attention.linear_proj.weight": (8, 8),
-    "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": (8,),
-    "decoder.layers.0.mlp.linear_fc1.weight": (24, 8),
-    "decoder.layers.0.mlp.linear_fc2.weight": (8, 12),
-    "decoder.final_layernorm.weight": (8,),
-}
+from tests.checkpoint.torch_dist import PLAIN, ROWS, SHAPES, plain, write_torch_dist
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +34,6 @@ def megatron(tmp_path_factory):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return folder
-
-
-def write(folder, tensors, args=None):
-    """A checkpoint written by torch.distributed.checkpoint itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
-    if args is not None:
-        torch.save({"args": argparse.Namespace(**args), "iteration": 3}, folder / "common.pt")
-    return folder
-
-
-def plain(rows=ROWS):
-    torch.manual_seed(1)
-    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
-    tensors["embedding.word_embeddings.weight"] = torch.randn(rows, 8)
-    return tensors
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -116,7 +72,7 @@ def test_weights_only_keeps_their_type(megatron, tmp_path):
 @pytest.mark.parametrize("rows", [21, 22, 24, 40])
 def test_padding_of_the_vocabulary(tmp_path, rows):
     tensors = plain(rows)
-    imported = import_foreign(write(tmp_path / "source", tensors, PLAIN), tmp_path / "target")
+    imported = import_foreign(write_torch_dist(tmp_path / "source", tensors, PLAIN), tmp_path / "target")
     assert imported.lost == (
         "exp_avg of decoder.final_layernorm.weight (8 of 8 parameters) is not there as a tensor of its own"
     )
@@ -128,7 +84,7 @@ def test_padding_of_the_vocabulary(tmp_path, rows):
 
 def test_a_vocabulary_that_the_settings_leave_open(tmp_path):
     imported = import_foreign(
-        write(tmp_path / "source", plain(), PLAIN | {"vocab_size": None}), tmp_path / "target"
+        write_torch_dist(tmp_path / "source", plain(), PLAIN | {"vocab_size": None}), tmp_path / "target"
     )
     assert imported.model.vocab_size == ROWS
 
@@ -185,7 +141,7 @@ def with_args(**changed):
 def test_what_is_not_a_model_of_ours_is_refused(tmp_path, change, args, says):
     tensors = plain()
     change(tensors)
-    source = write(tmp_path / "source", tensors, args)
+    source = write_torch_dist(tmp_path / "source", tensors, args)
     if says is None:
         assert import_foreign(source, tmp_path / "target").model.vocab_size == ROWS, "more tokens than rows"
         return
@@ -195,7 +151,7 @@ def test_what_is_not_a_model_of_ours_is_refused(tmp_path, change, args, says):
 
 
 def test_damage_is_named(tmp_path):
-    source = write(tmp_path / "source", plain(), PLAIN)
+    source = write_torch_dist(tmp_path / "source", plain(), PLAIN)
     (file,) = source.glob("*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=r"__0_0.distcp (cannot be read as tensors|: what is at)"):
@@ -226,7 +182,7 @@ def test_no_pickled_code_runs(tmp_path):
     assert isinstance(opaque, Opaque) and opaque.arguments == (str(tmp_path / "hit"),) and seven == 7
     torch.save({"args": Harmful(tmp_path / "hit"), "iteration": 3, "t": torch.ones(2)}, tmp_path / "saved.pt")
     assert read_saved(tmp_path / "saved.pt")["iteration"] == 3
-    source = write(tmp_path / "source", plain(), PLAIN)
+    source = write_torch_dist(tmp_path / "source", plain(), PLAIN)
     place = next(iter(pickle.loads((source / ".metadata").read_bytes()).storage_data.values()))
     (file,) = source.glob("*.distcp")
     payload = io.BytesIO()
@@ -242,7 +198,7 @@ def test_no_pickled_code_runs(tmp_path):
 
 
 def test_files_of_other_folders_are_not_read(tmp_path):
-    source = write(tmp_path / "source", plain(), PLAIN)
+    source = write_torch_dist(tmp_path / "source", plain(), PLAIN)
     metadata = pickle.loads((source / ".metadata").read_bytes())
     for place in metadata.storage_data.values():
         place.relative_path = "../elsewhere.distcp"

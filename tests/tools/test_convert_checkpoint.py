@@ -1,13 +1,17 @@
 """tools/convert_checkpoint.py, there and back, from the command line's point of view."""
 
+import json
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from megatron_lite.checkpoint import Piece, Reader, resolve, save
+from megatron_lite.checkpoint.foreign.arguments import model_of
 from megatron_lite.checkpoint.huggingface import rules
 from megatron_lite.config import ModelConfig
+from tests.checkpoint.torch_dist import PLAIN, plain, write_torch_dist
 from tools.convert_checkpoint import main
 
 
@@ -71,3 +75,89 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
 def test_nothing_there(tmp_path, capsys, to):
     assert convert(tmp_path / "none", to, tmp_path / "out") == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_cut_for_a_layout_and_back(run, tmp_path, capsys):
+    assert (
+        convert(run, "megatron_lite", tmp_path / "cut", "--tensor", "2", "--pipeline", "2", "--data", "3")
+        == 0
+    )
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("step_00000003: whole, every checksum right")
+    assert "12 files, 0.00" in said[1] and said[1].endswith("holds weight, exp_avg, exp_avg_sq")
+    assert convert(tmp_path / "cut", "megatron_lite", tmp_path / "back", "--no-check") == 0
+    assert ": 1 file, " in capsys.readouterr().out, "less than 5 GB"
+    assert convert(run, "megatron_lite", tmp_path / "small", "--shard-gb", "0.0001", "--weights-only") == 0
+    with Reader(resolve(run)) as before, Reader(resolve(tmp_path / "back")) as after:
+        for kind in before.kinds:
+            assert all(torch.equal(before.read(n, kind), after.read(n, kind)) for n in before.names())
+    with Reader(resolve(tmp_path / "small")) as small:
+        assert small.kinds == ["weight"] and len(small.files) == 2
+
+
+def test_merged_safetensors(run, tmp_path, capsys):
+    assert convert(run, "safetensors", tmp_path / "merged", "--dtype", "bf16") == 0
+    assert "weights under their own names in model.safetensors" in capsys.readouterr().out
+    found = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    with Reader(resolve(run)) as reader:
+        assert sorted(found) == reader.names()
+        assert all(torch.equal(found[name], reader.read(name).bfloat16()) for name in found)
+
+
+def test_import_of_another_system(tmp_path, capsys):
+    write_torch_dist(tmp_path / "megatron" / "iter_0000003", plain(), PLAIN)
+    (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("3\n")
+    assert convert(tmp_path / "megatron", "megatron_lite", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "step_00000003: 8 parameters, holds weight\n" in said and "21 tokens, 24 rows" in said
+    assert "weights only: exp_avg of decoder.final_layernorm.weight (8 of 8 parameters) is not there" in said
+    assert f"checkpoint.load={tmp_path / 'out'} --set checkpoint.weights_only=true" in said
+
+
+def test_a_model_that_only_the_user_knows(tmp_path, capsys):
+    source = write_torch_dist(tmp_path / "megatron", plain())
+    assert convert(source, "megatron_lite", tmp_path / "out") == 2
+    assert "give that with --config FILE" in capsys.readouterr().err
+    model = model_of(PLAIN, 24).model_dump(mode="json")
+    train = {"micro_batch_size": 1, "global_batch_size": 1, "steps": 1, "output_dir": "x"}
+    config = {"model": model, "train": train, "optimizer": {"lr": 0.1, "schedule": "constant"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert convert(source, "megatron_lite", tmp_path / "out", "--config", str(tmp_path / "config.json")) == 0
+    with Reader(resolve(tmp_path / "out")) as reader:
+        assert reader.metadata["config"]["train"]["output_dir"] == "x" and reader.step == 0
+
+
+@pytest.mark.parametrize(
+    ("to", "flags", "says"),
+    [
+        ("hf", ["--tensor", "2"], "--tensor has no effect with --to hf"),
+        ("safetensors", ["--weights-only"], "--weights-only has no effect with --to safetensors"),
+        (
+            "megatron_lite",
+            ["--config", "x"],
+            "--config has no effect with --to megatron_lite from a check",
+        ),
+        ("megatron_lite", ["--tokenizer", "byte"], "--tokenizer has no effect"),
+        (
+            "megatron_lite",
+            ["--data", "2", "--shard-gb", "1"],
+            "the files of a layout are as large as its ranks' parts",
+        ),
+        ("megatron_lite", ["--shard-gb", "0"], "--shard-gb must be above 0"),
+        ("megatron_lite", ["--dtype", "bf16"], "rounds the fp32 weights"),
+        ("megatron_lite", ["--tensor", "3"], "does not divide over 3 tensor-parallel ranks"),
+    ],
+)
+def test_options_without_effect_are_errors(run, tmp_path, capsys, to, flags, says):
+    assert convert(run, to, tmp_path / "out", *flags) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_layouts_are_for_our_checkpoints(tmp_path, capsys):
+    source = write_torch_dist(tmp_path / "megatron", plain(), PLAIN)
+    assert convert(source, "megatron_lite", tmp_path / "out", "--tensor", "2") == 2
+    assert "import it first, then convert what came of it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert(source, "megatron_lite", tmp_path / "out", "--tensor", "0")
+    assert "must be 1 or more" in capsys.readouterr().err
