@@ -168,6 +168,25 @@ def test_half_precision_and_shards_survive(tmp_path, dtype):
         assert all(torch.equal(one.read(key), two.read(key)) for key in one.names())
 
 
+def test_what_transformers_divided_is_read(tmp_path):
+    theirs = make("qwen3", tmp_path / "whole", torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    files = sorted((tmp_path / "hf").glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
+    step = import_huggingface(tmp_path / "hf", tmp_path / "run")
+    export_huggingface(step, tmp_path / "back")
+    back = safetensors.torch.load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.state_dict().items())
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(files[1].name, f"../{files[1].name}"))
+    with pytest.raises(CheckpointError, match=r"names \"../model-.*, which is not in its folder"):
+        import_huggingface(tmp_path / "hf", tmp_path / "run")
+    index.write_text(index.read_text().replace("../", ""))
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=rf"{files[1].name} cannot be read .*; download it again"):
+        import_huggingface(tmp_path / "hf", tmp_path / "run")
+
+
 def ours_saved(folder, **changes):
     """A checkpoint of a model of ours, with random weights and nonzero vocabulary padding."""
     values = {

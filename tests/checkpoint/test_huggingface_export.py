@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import safetensors.torch
@@ -66,6 +67,28 @@ def test_weights_are_rounded_to_the_type_asked_for(tmp_path, dtype, bits):
     assert f"in {bits}, come back bit by bit" in lines[0]
     # Against the unrounded weights it would be a thousand times as much.
     assert compare_logits(step, tmp_path / "hf") < 1e-5
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 1])
+def test_every_parameter_is_read_once_and_forgotten(tmp_path, monkeypatch, shard_bytes):
+    """Queries, keys and values are three tensors of one parameter of ours; shards of one tensor each do not matter."""
+    _, step = ours("llama-gqa", tmp_path / "run")
+    names, last = [], None
+    read_whole = Reader.read
+
+    def counted(self, name, *args, **kwargs):
+        nonlocal last
+        assert last is None or last() is None, f"{names[-1]} is still in memory"
+        names.append(name)
+        weight = read_whole(self, name, *args, **kwargs)
+        last = weakref.ref(weight)
+        return weight
+
+    monkeypatch.setattr(Reader, "read", counted)
+    exported = export_huggingface(step, tmp_path / "hf", shard_bytes=shard_bytes)
+    with Reader(step) as reader:
+        assert sorted(names) == reader.names()
+    assert len(exported.files) == (1 if shard_bytes > 1 else 21)
 
 
 def test_a_model_larger_than_memory_is_checked_as_far_as_it_can_be(tmp_path, monkeypatch):

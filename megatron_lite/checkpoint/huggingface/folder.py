@@ -86,7 +86,10 @@ class Folder:
 
 def _weight_files(folder: Path) -> Iterator[Path]:
     if (folder / SHARD_INDEX).is_file():
-        for file in sorted(set(read_json(folder / SHARD_INDEX)["weight_map"].values())):
+        index = read_json(folder / SHARD_INDEX)
+        for file in sorted(set(index.get("weight_map", {}).values())):
+            if Path(file).name != file:
+                raise CheckpointError(f'{folder / SHARD_INDEX} names "{file}", which is not in its folder')
             yield folder / file
     elif (folder / SINGLE).is_file():
         yield folder / SINGLE
