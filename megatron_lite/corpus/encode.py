@@ -47,7 +47,7 @@ class KeyStats(NamedTuple):
 
 @dataclass
 class EncodeStats:
-    """read = written + empty + rejected, for every key."""
+    """read = written + empty + rejected, for every key. `seconds` are of all attempts, but for what a kill lost."""
 
     read: int = 0
     rejected: int = 0
@@ -155,8 +155,9 @@ def encode_corpus(
     )
     with Journal(prefix, identity, restart) as journal:
         done = _resume(journal, settings.keys)
+        started -= done.stats.seconds  # of earlier attempts
         if not done.checksums:
-            done = _encode(run, done, journal, progress)
+            done = _encode(run, done, journal, progress, started)
         _publish(run, done)
         if shard.total > 1:
             write_manifest(os.fspath(output_prefix), shard, _manifest(run, done, identity))
@@ -173,7 +174,7 @@ def _resume(journal: Journal, keys: Sequence[str]) -> _Done:
     return done
 
 
-def _encode(run: _Run, done: _Done, journal: Journal, progress: Progress | None) -> _Done:
+def _encode(run: _Run, done: _Done, journal: Journal, progress: Progress | None, started: float) -> _Done:
     """All that is not done yet; the files are then finished, but not in place."""
     done = replace(done, stats=replace(done.stats, keys=dict(done.stats.keys)))
     try:
@@ -198,14 +199,14 @@ def _encode(run: _Run, done: _Done, journal: Journal, progress: Progress | None)
                 if progress is not None:
                     progress.update(part.position, done.stats)
                 if time.monotonic() - saved >= run.journal_seconds:
-                    _save(journal, done, writers)
+                    _save(journal, done, writers, started)
                     saved = time.monotonic()
                 if _is_full(run, done):
                     break
             for key, writer in writers.items():
                 writer.finish()
                 done.checksums[key] = writer.checksums
-            _save(journal, done, writers)
+            _save(journal, done, writers, started)
     except ValueError:  # the input's fault: the same command would not get further
         for writer in writers.values():
             writer.discard()
@@ -239,7 +240,8 @@ def _write(
     done.file, done.chunks = part.file, part.number + 1
 
 
-def _save(journal: Journal, done: _Done, writers: dict[str, IndexedDatasetWriter]) -> None:
+def _save(journal: Journal, done: _Done, writers: dict[str, IndexedDatasetWriter], started: float) -> None:
+    done.stats.seconds = time.monotonic() - started
     done.writers = {key: writer.sync() for key, writer in writers.items()}
     journal.add(asdict(done))
 

@@ -166,8 +166,12 @@ def test_what_is_done_is_not_done_again(
     run(corpus, tmp_path / "whole" / "x")
     chunks = len(calls)
     interrupt(corpus, tmp_path / "o" / "x", monkeypatch)
+    spent = json.loads((tmp_path / "o" / "x.journal.partial").read_text().splitlines()[-1])["stats"][
+        "seconds"
+    ]
     calls.clear()
-    run(corpus, tmp_path / "o" / "x", workers=2)  # workers may change
+    stats = run(corpus, tmp_path / "o" / "x", workers=2)  # workers may change
+    assert stats.seconds > spent > 0
     assert len(calls) == chunks - 3
     assert files(tmp_path / "o" / "x") == files(tmp_path / "whole" / "x")
 
