@@ -127,6 +127,8 @@ def encode_corpus(
     started = time.monotonic()
     if isinstance(settings, str):
         settings = EncodeSettings(settings)
+    if len(set(settings.keys)) < len(settings.keys):
+        raise CorpusError(f"a key is named twice: {' '.join(settings.keys)}")
     if max_documents is not None and shard.total > 1:
         raise CorpusError(
             "the first documents of a shard are not the first of all: take no shards with a maximum"

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.tokenizers.base import Tokenizer
-from megatron_lite.tokenizers.gigatoken import GigatokenTokenizer
 
 
 def encode_flat(
@@ -20,9 +19,15 @@ def encode_flat(
 
     eod_id: appended to every text that has ids, and counted; None: nothing is
     """
-    if isinstance(tokenizer, GigatokenTokenizer):
-        return tokenizer.encode_flat(texts, eod_id)
-    encoded = tokenizer.encode_batch(texts)
+    own = getattr(tokenizer, "encode_flat", None)  # gigatoken's
+    if own is not None:
+        ids, lengths = own(texts, eod_id)
+        return ids, lengths
+    return flat_of(tokenizer.encode_batch(texts), eod_id)
+
+
+def flat_of(encoded: list[list[int]], eod_id: int | None) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """`encode_flat` of texts whose ids are known. The lists are changed."""
     lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
     if eod_id is not None:
         for ids in encoded:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.tokenizers.base import SpecialTokens, Tokenizer, TokenizerError
+from megatron_lite.tokenizers.flat import flat_of
 from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_lite.tokenizers.load import load_tokenizer
 from megatron_lite.tokenizers.openai import TiktokenTokenizer
@@ -75,7 +76,7 @@ class GigatokenTokenizer:
 
     def encode_flat(
         self, texts: Sequence[str], eod_id: int | None = None
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """(ids of all texts back to back, [texts] how many each has); see `tokenizers.encode_flat`."""
         if not texts:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
@@ -83,7 +84,7 @@ class GigatokenTokenizer:
         ids = self._encode(joined)
         borders = np.flatnonzero(ids == self.vocab_size)
         if len(borders) != len(texts):
-            raise TokenizerError(f"{self.name}: a text holds the code points U+10FFFE U+0000 U+10FFFF")
+            return flat_of(self.reference.encode_batch(texts), eod_id)  # a text holds the border itself
         lengths = np.diff(borders, prepend=-1) - 1
         if eod_id is None:
             return ids[ids != self.vocab_size], lengths

@@ -112,6 +112,8 @@ def test_settings_that_cannot_be_met_are_named(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", ["good"])
     with pytest.raises(TokenizerError):
         encode_corpus([path], tmp_path / "x", "bite")
+    with pytest.raises(CorpusError, match="twice: text text"):
+        encode_corpus([path], tmp_path / "x", EncodeSettings("byte", ("text", "text")))
     with pytest.raises(CorpusError, match="absent"):
         encode_corpus([path, tmp_path / "absent"], tmp_path / "x", "byte")
     assert names(tmp_path) == ["x.jsonl"]

@@ -121,10 +121,15 @@ def test_threads_share_one_and_it_starts_anew(small: str, monkeypatch: pytest.Mo
     assert len(made) > 10
 
 
-def test_a_text_with_the_border_in_it_is_an_error_not_a_cut(small: str) -> None:
+@pytest.mark.parametrize("eod", [None, 3])
+def test_a_text_with_the_border_in_it_is_not_cut_there(small: str, eod: int | None) -> None:
     fast = load_fast_tokenizer(small)
-    with pytest.raises(TokenizerError, match="U\\+10FFFE"):
-        fast.encode_batch(["a", f"b{module._BORDER}c"])
+    assert isinstance(fast, GigatokenTokenizer)
+    texts = ["a", "", f"b{module._BORDER}c", module._BORDER * 2]
+    for found, expected in zip(
+        fast.encode_flat(texts, eod), encode_flat(fast.reference, texts, eod), strict=True
+    ):
+        assert found.tolist() == expected.tolist()
 
 
 def test_a_difference_is_found_and_named(small: str) -> None:
