@@ -24,6 +24,7 @@ from megatron_lite.checkpoint.files import (
     write_safetensors,
 )
 from megatron_lite.checkpoint.huggingface import model_config
+from megatron_lite.checkpoint.huggingface.exporting import rounded
 from megatron_lite.checkpoint.index import FileEntry, Index, key_of, write_index
 from megatron_lite.checkpoint.layout import Piece, check_coverage, column_size, shard_numel, stored
 from megatron_lite.checkpoint.reader import LATEST, Reader
@@ -163,7 +164,7 @@ def _loader(reader: Reader, kind: str, shard: Shard, start: int, stop: int, dtyp
     def load() -> torch.Tensor:
         found = reader.read_flat(shard.name, kind, shard.dim, shard.start, shard.stop, start, stop)
         reader.close()  # pages of mapped files count as this process's memory until they are unmapped
-        return found.to(dtype)
+        return rounded(found, dtype, shard.name)
 
     return load
 

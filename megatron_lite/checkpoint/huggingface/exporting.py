@@ -76,7 +76,7 @@ def export_huggingface(
         target.mkdir(parents=True, exist_ok=True)
         written = export_tokenizer(reader, tokenizer, target, model)
         config |= {key: value for key, value in written.ids.items() if config.get(key) is None}
-        files = _write_weights(target, tensors, shard_bytes)
+        files = write_weights(target, tensors, shard_bytes)
     generation = imported.get("generation_config")
     if generation is None:
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
@@ -125,7 +125,7 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch
     return narrow
 
 
-def _write_weights(target: Path, tensors: dict[str, Deferred], shard_bytes: int) -> list[str]:
+def write_weights(target: Path, tensors: dict[str, Deferred], shard_bytes: int) -> list[str]:
     """Write the shards, and their index where they are several; their names. Nothing is left of a failed write."""
     shards: list[dict[str, Deferred]] = [{}]
     filled = total = 0
