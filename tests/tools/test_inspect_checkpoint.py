@@ -1,29 +1,98 @@
 """tools/inspect_checkpoint.py."""
 
+import json
+
+import pytest
+import safetensors.torch
 import torch
 
-from megatron_lite.checkpoint import Piece, save
+from megatron_lite.checkpoint import Piece, resolve, save
+from tests.checkpoint.test_reshard import save_model
+from tools.convert_checkpoint import main as convert
 from tools.inspect_checkpoint import main
+
+TAKEN = [8, "none", 11]
+PROGRESS = {
+    "step": 7,
+    "consumed_samples": 70,
+    "consumed_tokens": 5600,
+    "data": {
+        "first": 40,
+        "sources": [
+            {"prefix": "data/a", "weight": 0.75, "given": 21, "history": [TAKEN]},
+            {"prefix": "data/b", "weight": 0.25, "given": 1, "history": []},
+        ],
+    },
+}
+
+
+def save_small(folder, step=7, change=None, kinds=("weight", "exp_avg"), **more):
+    """Parameters with names as in a model, of two blocks that are alike."""
+    tensors = {
+        "embed.weight": torch.full((3, 4), 2.0),
+        "blocks.0.norm.weight": torch.ones(4),
+        "blocks.1.norm.weight": torch.ones(4),
+        "norm.weight": torch.zeros(4),
+    } | more
+    pieces = [
+        Piece.whole(name, kind, tensor * (kind == "weight"))
+        for name, tensor in tensors.items()
+        for kind in kinds
+    ]
+    metadata = {
+        "progress": PROGRESS,
+        "layout": {"tensor": 2, "zero_stage": 1},
+        "config": {"model": {}},
+        "extra": [1],
+    }
+    return save(folder / "checkpoints", step, pieces, metadata)
 
 
 def test_it_shows_what_there_is(tmp_path, capsys):
-    weight = torch.full((3, 4), 2.0)
-    pieces = [
-        Piece.whole("embed.weight", "weight", weight),
-        Piece.whole("embed.weight", "exp_avg", weight * 0),
-    ]
-    path = save(tmp_path / "checkpoints", 7, pieces, {"consumed_samples": 70, "config": {"model": {}}})
+    path = save_small(tmp_path)
+    size = (path / "rank_00000.safetensors").stat().st_size
     assert main([str(tmp_path), "--verify", "--norms"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "verified: every checksum of 1 files is right",
-        f"{path}: step 7, 1 files, holds weight, exp_avg",
-        "consumed_samples 70",
-        "embed.weight  float32   [3, 4]                |weight| 6.9282  |exp_avg| 0",
-        "parameters 12 in 1 tensors",
+    assert capsys.readouterr().out.splitlines() == [
+        "verified: every checksum of 1 file is right",
+        f"{path}: step 7, 1 file, {size:,} bytes, holds weight, exp_avg",
+        "position: step 7, 70 samples, 5,600 tokens",
+        "  data/a: weight 0.75, 21 samples given, 11 before sample 40",
+        "  data/b: weight 0.25, 1 sample given",
+        "written by: tensor 2, zero_stage 1",
+        "extra [1]",
+        f"rank_00000.safetensors  {size:,} bytes",
+        "embed.weight          float32   [3, 4]                |weight| 6.9282  |exp_avg| 0",
+        "norm.weight           float32   [4]                   |weight| 0  |exp_avg| 0",
+        "blocks.0 … blocks.1 (2 alike)",
+        "  norm.weight         float32   [4]                   |weight| 2  |exp_avg| 0",
+        "parameters 24 in 4 tensors",
     ]
     assert main([str(path)]) == 0
     assert "|weight|" not in capsys.readouterr().out
+
+
+def test_blocks_are_in_order_and_those_that_differ_apart(tmp_path, capsys):
+    blocks = {f"blocks.{layer}.norm.weight": torch.ones(4) for layer in range(12)}
+    save_small(tmp_path, **blocks | {"blocks.3.norm.bias": torch.ones(4)})
+    assert main([str(tmp_path)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("blocks")]
+    assert said == ["blocks.0 … blocks.2 (3 alike)", "blocks.3", "blocks.4 … blocks.11 (8 alike)"]
+
+
+def test_json(tmp_path, capsys):
+    path = save_small(tmp_path, **{"norm.weight": torch.tensor([float("nan")])})
+    assert main([str(tmp_path), "--json", "--norms", "--verify"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["path"] == str(path) and found["step"] == 7 and found["verified"] is True
+    assert found["files"] == {"rank_00000.safetensors": (path / "rank_00000.safetensors").stat().st_size}
+    assert found["metadata"]["progress"] == PROGRESS
+    assert found["parameters"][2] == {
+        "name": "embed.weight",
+        "shape": [3, 4],
+        "dtypes": {"weight": "float32", "exp_avg": "float32"},
+        "norms": {"weight": 48**0.5, "exp_avg": 0.0},
+    }
+    assert found["parameters"][3]["norms"]["weight"] == "nan", "which JSON has no number for"
 
 
 def test_damage_is_an_error(tmp_path, capsys):
@@ -33,4 +102,104 @@ def test_damage_is_an_error(tmp_path, capsys):
     assert main([str(path)]) == 0, "a look at the sizes does not show it"
     assert main([str(path), "--verify"]) == 2
     assert "weight/norm.weight/0:4/0 does not match its checksum" in capsys.readouterr().err
+    assert main([str(path), "--diff", str(path), "--verify"]) == 2
     assert main([str(tmp_path / "none")]) == 2
+
+
+def test_equal_checkpoints(tmp_path, capsys):
+    first, second = save_small(tmp_path / "a"), save_small(tmp_path / "b", step=9)
+    assert main([str(tmp_path / "a"), "--diff", str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "every element of 8 tensors is the same",
+        f"{tmp_path / 'a'} is at step 7",
+        f"{tmp_path / 'b'} is at step 9",
+    ]
+    nan = {"norm.weight": torch.tensor([float("nan"), 1.0])}
+    first, second = save_small(tmp_path / "c", **nan), save_small(tmp_path / "d", kinds=["weight"], **nan)
+    assert main([str(first), "--diff", str(second)]) == 0, "moments of one side only are not compared"
+
+
+def test_what_differs_is_listed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_lite.checkpoint.diff.BLOCK", 5)
+    embed = torch.full((3, 4), 2.0)
+    embed[2, 3], embed[0, 1] = 2.5, 1.75
+    save_small(tmp_path / "a")
+    save_small(
+        tmp_path / "b",
+        **{
+            "embed.weight": embed,
+            "norm.weight": torch.tensor([0, 0, float("inf"), 0]),
+            "blocks.1.norm.weight": torch.ones(5),
+            "blocks.2.norm.weight": torch.ones(4),
+        },
+    )
+    assert main([str(tmp_path / "a"), "--diff", str(tmp_path / "b")]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[:6] == [
+        f"only in {tmp_path / 'b'}: blocks.2.norm.weight",
+        "blocks.1.norm.weight: shape [4] and [5]",
+        "embed.weight: largest difference 0.5, 2.5e-01 of the largest element, in 2 of 12 elements",
+        "norm.weight: largest difference inf, 1.0e+00 of the largest element, in 1 of 4 elements",
+        "norm.weight (exp_avg): largest difference inf, 1.0e+00 of the largest element, in 1 of 4 elements",
+        "4 of 7 tensors differ, most of all blocks.1.norm.weight",
+    ]
+    assert main([str(tmp_path / "a"), "--diff", str(tmp_path / "b"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["same"] is False and found["only"] == [[], ["blocks.2.norm.weight"]]
+    assert found["differences"][2] == {
+        "name": "embed.weight",
+        "kind": "weight",
+        "numel": 12,
+        "count": 2,
+        "absolute": 0.5,
+        "relative": 0.25,
+        "note": "",
+    }
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+def test_hugging_face_folders_are_compared_by_our_names(tmp_path, capsys, style):
+    own = save_model(tmp_path / "run", style)
+    hf, merged = tmp_path / "hf", tmp_path / "merged"
+    assert convert(["--load", str(own), "--save", str(hf), "--to", "hf", "--no-check"]) == 0
+    assert convert(["--load", str(own), "--save", str(merged), "--to", "safetensors"]) == 0
+    for pair in ((own, hf), (hf, own), (own, merged), (merged, own), (hf, merged)):
+        capsys.readouterr()
+        assert main([str(pair[0]), "--diff", str(pair[1])]) == 0, pair
+        assert "every element of" in capsys.readouterr().out
+    assert main([str(hf), "--diff", str(hf)]) == 0, "by the names that are in them"
+    assert main([str(merged / "model.safetensors"), "--diff", str(merged)]) == 0
+
+    weights = safetensors.torch.load_file(hf / "model.safetensors")
+    name = next(name for name in weights if name.endswith(("mlp.c_fc.weight", "up_proj.weight")))
+    weights[name][0, 0] += 1
+    safetensors.torch.save_file(weights, hf / "model.safetensors")
+    capsys.readouterr()
+    assert main([str(own), "--diff", str(hf)]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("blocks.0.mlp.linear_fc1.weight: largest difference 1, ") and "in 1 of" in said
+
+
+def test_plain_files_are_shown_too(tmp_path, capsys):
+    safetensors.torch.save_file(
+        {"a.0.x": torch.ones(2, 3), "b": torch.ones(1).half()}, tmp_path / "x.safetensors"
+    )
+    assert main([str(tmp_path / "x.safetensors"), "--norms"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'x.safetensors'}: holds weight",
+        "b      float16   [1]                   |weight| 1",
+        "a.0",
+        "  x    float32   [2, 3]                |weight| 2.44949",
+        "parameters 7 in 2 tensors",
+    ]
+    assert main([str(tmp_path / "x.safetensors"), "--verify"]) == 2
+    assert "holds no checksums" in capsys.readouterr().err
+    (tmp_path / "y.safetensors").write_bytes(b"nonsense")
+    assert main([str(tmp_path / "x.safetensors"), "--diff", str(tmp_path / "y.safetensors")]) == 2
+    assert "y.safetensors cannot be read" in capsys.readouterr().err
+
+
+def test_steps_of_one_run(tmp_path):
+    first, second = save_small(tmp_path, 7), save_small(tmp_path, 9, **{"norm.weight": torch.ones(4)})
+    assert resolve(tmp_path) == second
+    assert main([str(first), "--diff", str(tmp_path)]) == 1
