@@ -1,6 +1,10 @@
 """The safetensors writer: what the library reads, in chunks, aligned, one tensor in memory at a time."""
 
+import errno
 import json
+import os
+import resource
+import signal
 
 import pytest
 import safetensors.torch
@@ -48,6 +52,30 @@ def test_deferred_tensors_are_made_one_by_one(tmp_path):
     assert made == [1, 2, 3]
     loaded = safetensors.torch.load_file(tmp_path / "x.safetensors")
     assert [loaded[name][-1].item() for name in ("1", "2", "3")] == [1.0, 2.0, 3.0]
+
+
+def test_room_for_all_of_it_is_asked_for_before_anything_is_written(tmp_path):
+    """In a child, where files may have a megabyte."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        try:
+            write_safetensors(tmp_path / "x", {"x": torch.zeros(1 << 19)})
+        except OSError as error:
+            os._exit(error.errno == errno.EFBIG and (tmp_path / "x").stat().st_size == 0)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_a_disk_that_fails_on_the_way_is_heard(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr(files_module, "_FLUSH", 100)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_safetensors(tmp_path / "x", {"a": torch.zeros(30), "b": torch.zeros(2)})
 
 
 def test_a_dtype_without_a_name_is_refused_before_anything_is_written(tmp_path):
