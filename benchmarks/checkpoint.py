@@ -1,0 +1,352 @@
+"""Saving and loading a model with its optimizer state: ours, torch.save, torch.distributed.checkpoint, DeepSpeed.
+
+Sides take turns, each turn in a process of its own with one rank on the CPU. Directly before, a turn writes and reads
+as many bytes as its side does, in one plain file, which is the disk's own rate at that moment; ratios are to that.
+Writing ends when the disk has the data (fsync; of torch.save's and DeepSpeed's files, which they do not do, by us).
+Before anything is read its pages are dropped from the page cache (posix_fadvise). Loading ends with everything in the
+memory of the model and optimizer; ours has verified every checksum then, the others verify nothing. Of a save beside
+training, `stall` is how long the caller waits, of the second save, as the first takes the memory that later ones have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bare import ROOT
+from common import header, spread
+
+State = dict[str, dict[str, torch.Tensor]]  # kind -> name -> tensor
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+SIZES = {
+    "350m": (24, 1024, 50304),
+    "125m": (12, 768, 50304),
+    "tiny": (2, 64, 512),
+}  # layers, hidden, vocabulary
+SIDES = ("ours", "ours async", "torch.save", "torch dcp", "torch dcp async", "deepspeed")
+_CHUNK = 1 << 23
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of a GPT-2."""
+    layers, hidden, vocabulary = SIZES[size]
+    found: dict[str, tuple[int, ...]] = {"embed": (vocabulary, hidden), "position": (1024, hidden)}
+    for layer in range(layers):
+        for name, out, of in (("qkv", 3, 1), ("projection", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
+            found[f"{layer}.{name}.weight"] = (out * hidden, of * hidden)
+            found[f"{layer}.{name}.bias"] = (out * hidden,)
+        for name in ("norm1", "norm2"):
+            found |= {f"{layer}.{name}.{part}": (hidden,) for part in ("weight", "bias")}
+    return found | {"norm.weight": (hidden,), "norm.bias": (hidden,)}
+
+
+def make_state(size: str) -> State:
+    torch.manual_seed(1)
+    noise = torch.randn(max(math.prod(shape) for shape in shapes(size).values()))
+    return {
+        kind: {name: noise[: math.prod(s)].reshape(s) * (1 + at) for name, s in shapes(size).items()}
+        for at, kind in enumerate(KINDS)
+    }
+
+
+class Turn:
+    """One turn of a side: what was measured, in seconds, and the disk's own time for as many bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "checkpoint"
+        self.plain = folder / "plain"
+        self.found: dict[str, float] = {}
+
+    def timed(self, name: str, action: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        result = action()
+        self.found[name] = time.perf_counter() - begun
+        return result
+
+    def save(self, state: State, size: int, action: Callable[[], Any], name: str = "save") -> None:
+        """The disk, then `action`; both to an empty folder."""
+        self.clear()
+        self.timed("disk write", lambda: write_plain(self.plain, state, size))
+        self.timed(name, action)
+        self.found["bytes"] = sum(path.stat().st_size for path in self.files())
+
+    def load(self, action: Callable[[], Any]) -> None:
+        for path in (*self.files(), self.plain):
+            drop(path)
+        self.timed("disk read", lambda: read_plain(self.plain))
+        self.timed("load", action)
+
+    def files(self) -> list[Path]:
+        return [path for path in self.folder.rglob("*") if path.is_file()]
+
+    def sync(self) -> None:
+        """For sides that leave it to the system when the disk has their files."""
+        for path in self.files():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.plain.unlink(missing_ok=True)
+        os.sync()  # nothing of before is still being written
+
+
+def write_plain(path: Path, state: State, size: int) -> None:
+    with path.open("xb", buffering=0) as file:
+        while size:
+            for tensors in state.values():
+                for tensor in tensors.values():
+                    data = tensor.view(-1).view(torch.uint8).numpy().data[:size]
+                    for begin in range(0, len(data), _CHUNK):
+                        size -= file.write(data[begin : begin + _CHUNK])
+        os.fsync(file.fileno())
+
+
+def read_plain(path: Path) -> None:
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def drop(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def ours(turn: Turn, size: str, background: bool) -> None:
+    from megatron_lite.checkpoint import HostCopy, Piece, Reader, save
+
+    state, host = make_state(size), HostCopy()
+    pieces = [Piece.whole(name, kind, t) for kind, held in state.items() for name, t in held.items()]
+
+    def later() -> None:
+        taken = turn.timed("stall", lambda: host.take(pieces))
+        thread = threading.Thread(target=save, args=(turn.folder, 1, taken, {}))
+        thread.start()
+        thread.join()
+
+    if background:
+        host.take(pieces)
+        turn.save(state, bytes_of(state), later)
+        return
+    turn.save(state, bytes_of(state), lambda: save(turn.folder, 1, pieces, {}))
+
+    def load() -> None:
+        with Reader(turn.folder / "step_00000001") as reader:
+            reader.verify()
+            for piece in pieces:
+                assert isinstance(piece.data, torch.Tensor)
+                reader.read_into(piece.data, piece.name, piece.kind, None, 0, None, 0)
+
+    turn.load(load)
+
+
+def torch_save(turn: Turn, size: str) -> None:
+    state = make_state(size)
+
+    def save() -> None:
+        turn.folder.mkdir()
+        torch.save(state, turn.folder / "state.pt")
+        turn.sync()
+
+    def load() -> None:
+        found = torch.load(turn.folder / "state.pt", weights_only=True)
+        for kind, tensors in found.items():
+            for name, tensor in tensors.items():
+                state[kind][name].copy_(tensor)
+
+    turn.save(state, bytes_of(state), save)
+    turn.load(load)
+
+
+def torch_dcp(turn: Turn, size: str, background: bool) -> None:
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    state = make_state(size)
+    flat = {f"{kind}/{name}": tensor for kind, held in state.items() for name, tensor in held.items()}
+    if background:
+        from torch.distributed.checkpoint.state_dict_saver import DefaultStager
+
+        def later(stager: Any) -> None:
+            job = turn.timed(
+                "stall", lambda: dcp.async_save(flat, checkpoint_id=turn.folder, async_stager=stager)
+            )
+            getattr(job, "upload_completion", job).result()
+
+        options = {"use_pinned_memory": False, "use_shared_memory": False, "use_async_staging": False}
+        from torch.distributed.checkpoint.staging import StagingOptions
+
+        stager = DefaultStager(StagingOptions(**options, use_non_blocking_copy=False))
+        later(stager)  # it keeps its memory from the first save
+        turn.save(state, bytes_of(state), lambda: later(stager))
+        return
+    turn.save(state, bytes_of(state), lambda: dcp.save(flat, checkpoint_id=turn.folder))
+    turn.load(lambda: dcp.load(flat, checkpoint_id=turn.folder))
+
+
+def deepspeed_save(turn: Turn, size: str) -> None:
+    """ZeRO-1 in bf16: bf16 weights beside the fp32 masters and moments."""
+    import torch.distributed as dist
+
+    import megatron_lite.training.engine  # noqa: F401  (which keeps DeepSpeed from compiling at its start)
+
+    import deepspeed  # isort: skip
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all = torch.nn.ParameterList([torch.full(shape, 0.5) for shape in shapes(size).values()])
+
+        def forward(self) -> torch.Tensor:
+            return torch.stack([parameter.sum() for parameter in self.all]).sum()
+
+    model = Model().bfloat16()
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), 1e-3, fused=True),
+        config=settings,
+        dist_init_required=False,
+    )
+    engine.backward(engine())
+    engine.step()  # before it there are no moments
+
+    def save() -> None:
+        engine.save_checkpoint(str(turn.folder), "1")
+        turn.sync()
+
+    state = {"weight": {"noise": torch.randn(1 << 24)}}
+    weights = sum(math.prod(shape) for shape in shapes(size).values())
+    turn.save(state, 14 * weights, save)
+    turn.load(lambda: engine.load_checkpoint(str(turn.folder), "1"))
+
+
+def bytes_of(state: State) -> int:
+    return sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values())
+
+
+def take_turn(side: str, size: str, folder: Path) -> dict[str, float]:
+    """In the process of a turn: its measurements, with the peak of its memory in GiB."""
+    turn = Turn(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        if side.startswith("ours"):
+            ours(turn, size, side.endswith("async"))
+        elif side.startswith("torch dcp"):
+            torch_dcp(turn, size, side.endswith("async"))
+        else:
+            {"torch.save": torch_save, "deepspeed": deepspeed_save}[side](turn, size)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {**turn.found, "peak": peak}
+
+
+def run_turn(side: str, options: argparse.Namespace) -> dict[str, float] | str:
+    """The measurements, or the last line of what the process said when it failed."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        command = [sys.executable, __file__, "--size", options.size, "--turn", side, "--folder", folder]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["it died"])[-1]
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def rows(results: dict[str, list[dict[str, float]]], errors: dict[str, str]) -> list[list[str]]:
+    titles = ["side", "GB", "save s", "save GB/s", "of the disk's", "stall s", "of ours' sync save"]
+    titles += ["load s", "load GB/s", "of the disk's", "peak GiB"]
+    table = [titles, ["---"] * len(titles)]
+    sync = [turn["save"] for turn in results.get("ours", [])]
+    for side, turns in results.items():
+        if not turns:
+            table.append([side, errors[side], *[""] * (len(titles) - 2)])
+            continue
+        row = [side, f"{turns[0]['bytes'] / 1e9:.2f}"]
+        row += [spread([turn["save"] for turn in turns], 2), *_rates(turns, "save", "disk write")]
+        stalls = [turn["stall"] for turn in turns if "stall" in turn]
+        row.append(spread(stalls, 3) if stalls else "-")
+        row.append(f"{statistics.median(stalls) / statistics.median(sync):.1%}" if stalls and sync else "-")
+        loads = [turn["load"] for turn in turns if "load" in turn]
+        row += [spread(loads, 2), *_rates(turns, "load", "disk read")] if loads else ["-"] * 3
+        table.append([*row, f"{max(turn['peak'] for turn in turns):.2f}"])
+    return table
+
+
+def _rates(turns: list[dict[str, float]], what: str, disk: str) -> list[str]:
+    return [
+        spread([turn["bytes"] / turn[what] / 1e9 for turn in turns], 2),
+        spread([100 * turn[disk] / turn[what] for turn in turns], 0) + " %",
+    ]
+
+
+def main() -> int:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--size", choices=SIZES, default="350m", help="of the model (%(default)s)")
+    made.add_argument("--quick", action="store_true", help="the tiny model, one round")
+    made.add_argument("--rounds", type=int, default=5, help="turns of every side (%(default)s)")
+    made.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a side (%(default)s)"
+    )
+    made.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    made.add_argument("--folder", type=Path, help="on the disk to be measured; default: the temporary folder")
+    made.add_argument("--turn", choices=SIDES, help=argparse.SUPPRESS)
+    options = made.parse_args()
+    options.device = "cpu"
+    if options.turn:
+        print(json.dumps(take_turn(options.turn, options.size, options.folder)))
+        return 0
+    if options.quick:
+        options.size, options.rounds = "tiny", 1
+    results: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
+    errors: dict[str, str] = {}
+    for number in range(options.rounds):
+        for side in (
+            options.sides[number % len(options.sides) :] + options.sides[: number % len(options.sides)]
+        ):
+            found = run_turn(side, options)
+            if isinstance(found, str):
+                errors[side] = found
+            else:
+                results[side].append(found)
+    weights = sum(math.prod(shape) for shape in shapes(options.size).values())
+    disk = [turn for turns in results.values() for turn in turns]
+    print(header(options, f"{options.rounds} of every side, each a process"))
+    print(f"- model: {weights / 1e6:.1f} M parameters, fp32 weights and two moments")
+    for what, of in (("write", [t for t in disk if "save" in t]), ("read", [t for t in disk if "load" in t])):
+        rates = [turn["bytes"] / turn[f"disk {what}"] / 1e9 for turn in of]
+        print(f"- the disk's own sequential {what}: {spread(rates, 2) if rates else '-'} GB/s")
+    print()
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows(results, errors)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
