@@ -105,7 +105,6 @@ class Turn:
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.plain.unlink(missing_ok=True)
-        os.sync()  # nothing of before is still being written
 
 
 def write_plain(path: Path, state: State, size: int) -> None:
