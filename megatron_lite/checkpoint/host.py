@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterable
 from dataclasses import replace
@@ -56,10 +57,12 @@ class HostCopy:
             self.close()  # first, so that there are never two
             self._memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         if locked and not self._locked:
-            # Not `pin_memory`, which rounds up to the next power of two. Where the system locks no more memory, the
-            # copy is right all the same, and slower.
+            # Not `pin_memory`, which rounds up to the next power of two.
             status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.numel(), 0)
             self._locked = int(status) == 0
+            if not self._locked:  # the copy is right all the same, and slower
+                with contextlib.suppress(RuntimeError):  # which the next kernel would be blamed for
+                    torch.zeros(1, device="cuda")
 
 
 def available_bytes() -> int | None:

@@ -4,11 +4,12 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,33 +84,31 @@ class Saver:
         Raises:
             CheckpointError: on every rank, where this save or the one before failed.
         """
-        begin = time.perf_counter()
+        begin, config = time.perf_counter(), self._engine.config
         self.wait()
         pieces = list(self._engine.pieces())
         if self._fits is None:
-            self._fits = self._engine.config.checkpoint.async_save and self._has_room(pieces)
+            self._fits = config.checkpoint.async_save and self._has_room(pieces)
         if not full:
             pieces = [piece for piece in pieces if piece.kind == "weight"]
         background = self._fits and not last
         if background:
             pieces = self._host.take(pieces)
-        metadata = metadata_of(self._engine, progress)
-        mesh, keep = self._engine.mesh, self._engine.config.checkpoint.keep
-        step = progress.step  # moves on while this is written
-        write = partial(save, step=step, metadata=metadata, rank=mesh.rank, world_size=mesh.world_size)
-        output, waited = Path(self._engine.config.train.output_dir), 0.0
+        metadata, step = metadata_of(self._engine, progress), progress.step  # it moves on meanwhile
+        mesh, output, waited = self._engine.mesh, Path(config.train.output_dir), 0.0
+
+        def write(folder: str, what: list[Piece], keep: int = 0) -> None:
+            world: dict[str, Any] = {"rank": mesh.rank, "world_size": mesh.world_size, "gather": self._gather}
+            path = save(output / folder, step, what, metadata, **world, keep=keep)
+            if mesh.rank == 0:
+                stall = f", training waited {waited:.1f} s" if background else ""
+                logger.info("step %d | saved %s in %.1f s%s", step, path, time.perf_counter() - begin, stall)
 
         def work() -> None:
-            paths = []
             if full:
-                paths.append(write(output / FOLDER, pieces=pieces, gather=self._gather, keep=keep))
+                write(FOLDER, pieces, config.checkpoint.keep)
             if weights:
-                lighter = self._in_weights_precision(pieces)
-                paths.append(write(output / WEIGHTS_FOLDER, pieces=lighter, gather=self._gather))
-            seconds = time.perf_counter() - begin
-            for path in paths if mesh.rank == 0 else []:
-                stall = f", training waited {waited:.1f} s" if background else ""
-                logger.info("step %d | saved %s in %.1f s%s", step, path, seconds, stall)
+                write(WEIGHTS_FOLDER, self._in_weights_precision(pieces))
 
         if not background:
             work()
@@ -118,7 +117,7 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(work,), name="saver")
         self._thread.start()
 
-    def _run(self, work: partial[None]) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as error:  # whatever it is, the step that finds it raises it

@@ -1,5 +1,7 @@
 """The copy in host memory: the same bits, apart from what they were taken from, in memory that is kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,3 +35,14 @@ def test_a_deferred_tensor_has_no_copy():
     deferred = Deferred(torch.float32, (3,), lambda: torch.ones(3))
     with pytest.raises(AssertionError, match="made in its turn"):
         HostCopy().take([Piece("p", "weight", (3,), None, 0, 0, 0, deferred)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_from_a_gpu():
+    host = HostCopy()
+    for scale in (1, 2):
+        pieces = [replace(piece, data=piece.data.cuda()) for piece in some_pieces(scale)]
+        for piece, copy in zip(pieces, host.take(pieces), strict=True):
+            assert copy.data.device.type == "cpu" and torch.equal(copy.data, piece.data.cpu())
+    assert host._locked
+    host.close()
