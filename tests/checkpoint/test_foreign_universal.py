@@ -3,12 +3,16 @@
 import argparse
 import itertools
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_lite.checkpoint import KINDS, CheckpointError, Reader
 from megatron_lite.checkpoint.foreign import find_foreign, import_foreign
+from megatron_lite.checkpoint.foreign.names import ours
 from megatron_lite.config import ModelConfig
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import Runtime
@@ -110,7 +114,7 @@ def state_of(model):
     return {(kind, spec.name): torch.randn(spec.global_shape) for spec in specs for kind in KINDS}
 
 
-def write(folder, state, rename, args, *, flat=False, vocabulary=50, version=3.0, ranks=1, halves=False):
+def write(folder, state, rename, args, *, flat=False, vocabulary=50, version=3.0, halves=False):
     for (kind, name), value in state.items():
         if name in ("embed.weight", "head.weight"):
             value = value[:vocabulary]
@@ -120,14 +124,13 @@ def write(folder, state, rename, args, *, flat=False, vocabulary=50, version=3.0
         path.mkdir(parents=True, exist_ok=True)
         entry = {"param": value.clone(), "cat_dim": 0} | ({"param_n_sub_params": 2} if halves else {})
         torch.save(value.reshape(-1) if flat else entry, path / f"{'fp32' if kind == 'weight' else kind}.pt")
-    for rank in range(ranks):
-        states = {
-            "args": argparse.Namespace(**args),
-            "iteration": 40,
-            "checkpoint_version": version,
-            "module": {"unused": torch.ones(3)},
-        }
-        torch.save(states, folder / f"mp_rank_{rank:02d}_model_states.pt")
+    states = {
+        "args": argparse.Namespace(**args),
+        "iteration": 40,
+        "checkpoint_version": version,
+        "module": {"unused": torch.ones(3)},
+    }
+    torch.save(states, folder / f"{'zero_pp_rank_0_' if flat else ''}mp_rank_00_model_states.pt")
     return folder
 
 
@@ -177,10 +180,11 @@ def test_order_of_queries_keys_and_values(tmp_path, version):
 
 def test_rows_of_gate_and_up_that_were_mixed(tmp_path):
     state = state_of(OURS["llama"])
-    source = write(tmp_path / "mixed", state, module_name, LLAMA, ranks=2)
+    two = LLAMA | {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1}
+    source = write(tmp_path / "mixed", state, module_name, two)
     with pytest.raises(CheckpointError, match=r"of 2 tensor-parallel ranks was not merged as gate and up"):
         import_foreign(source, tmp_path / "target")
-    source = write(tmp_path / "halves", state, module_name, LLAMA, ranks=2, halves=True)
+    source = write(tmp_path / "halves", state, module_name, two, halves=True)
     assert import_foreign(source, tmp_path / "target").step == 40
 
 
@@ -191,6 +195,37 @@ def test_missing_moments_leave_weights(tmp_path):
     assert "exp_avg_sq of" in imported.lost
     with Reader(imported.folder) as reader:
         assert reader.kinds == ["weight"] and reader.step == 40
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What DeepSpeed itself trained, saved and made universal."""
+    folder, root = tmp_path_factory.mktemp("deepspeed"), Path(__file__).parents[2]
+    command = [sys.executable, str(root / "tests" / "checkpoint" / "universal_models.py"), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_deepspeed_converted(trained, tmp_path, stage):
+    folder = trained / f"zero{stage}"
+    imported = import_foreign(find_foreign(folder), tmp_path)
+    assert imported.lost is None and imported.step == 2
+    answers = torch.load(folder / "answers.pt")
+    theirs = ours({name for _, name in answers})
+    with Reader(imported.folder) as reader:
+        assert reader.metadata["engine"]["optimizer_steps"] == 2 and len(reader.names()) == 16
+        for (kind, name), value in answers.items():
+            mine = next(key for key, found in theirs.items() if found == name)
+            assert torch.equal(reader.read(mine, kind).flatten(), value.flatten()), (kind, name)
+    with pytest.raises(CheckpointError, match="holds checkpoints in DeepSpeed's own format"):
+        (folder / "latest_universal").rename(folder / "moved")
+        find_foreign(folder)
+    (folder / "moved").rename(folder / "latest_universal")
+    with pytest.raises(CheckpointError, match=r"is in DeepSpeed's own format.*ds_to_universal"):
+        find_foreign(folder / "native")
 
 
 class Harmful:

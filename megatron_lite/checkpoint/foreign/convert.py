@@ -130,6 +130,8 @@ def _rows(opened: TorchDist | Universal, name: str, args: dict[str, Any]) -> int
 
 def _optimizer_steps(opened: TorchDist | Universal, step: int) -> int:
     """Adam's count of steps, which differs from the run's where steps were skipped."""
+    if isinstance(opened, Universal):
+        return opened.optimizer_steps() or step
     optimizer = opened.common.get("optimizer")
     while isinstance(optimizer, dict) and isinstance(optimizer.get("optimizer"), dict):
         optimizer = optimizer["optimizer"]
@@ -200,16 +202,17 @@ def _plan(
         if ".linear_qkv." in name and "query_key_value" in theirs[name]:
             change = _ordered(model, float(opened.common.get("checkpoint_version", 3.0)))
         if ".linear_fc1." in name and isinstance(opened, Universal):
-            _check_halves(opened, theirs[name], model)
+            _check_halves(opened, theirs[name], model, int(args.get("tensor_model_parallel_size") or 1))
         plan.append(_Rule(name, spec.global_shape, theirs[name], change))
     return plan
 
 
-def _check_halves(opened: Universal, name: str, model: ModelConfig) -> None:
-    if model.activation == "swiglu" and opened.tensor_ranks > 1 and not opened.merged_in_halves(name):
+def _check_halves(opened: Universal, name: str, model: ModelConfig, ranks: int) -> None:
+    """Raises CheckpointError for the gate and up of several tensor-parallel ranks, laid rank after rank."""
+    if model.activation == "swiglu" and ranks > 1 and not opened.merged_in_halves(name):
         raise CheckpointError(
-            f"{opened.folder}: {name} of {opened.tensor_ranks} tensor-parallel ranks was not merged as gate and up, so "
-            "its rows are mixed; convert it again with a newer Megatron-DeepSpeed"
+            f"{opened.folder}: {name} of {ranks} tensor-parallel ranks was not merged as gate and up, so its rows are "
+            "mixed; convert it again with a newer Megatron-DeepSpeed"
         )
 
 

@@ -11,6 +11,7 @@ import argparse
 import io
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ _HARMLESS: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): argparse.Namespace,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
-    ("collections", "OrderedDict"): dict,
+    ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
 }
 

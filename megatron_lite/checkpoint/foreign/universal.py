@@ -24,7 +24,6 @@ class Universal:
 
     Attributes:
         common: what Megatron-DeepSpeed saved beside the tensors, {} where nothing is there.
-        tensor_ranks: tensor-parallel ranks that wrote it.
 
     Raises:
         CheckpointError: it holds no parameters.
@@ -37,8 +36,7 @@ class Universal:
             raise CheckpointError(f"{folder / FOLDER} holds no */fp32.pt; is the universal checkpoint whole?")
         self._names = found
         self._shapes: dict[str, tuple[int, ...]] = {}
-        states = sorted(folder.glob("mp_rank_*_model_states.pt"))
-        self.tensor_ranks = max(1, len(states))
+        states = sorted(folder.glob("*mp_rank_*_model_states.pt"))  # ZeRO-3's begin with zero_pp_rank_N
         self.common: dict[str, Any] = read_saved(states[0]) if states else {}
 
     @property
@@ -63,6 +61,11 @@ class Universal:
         if found.numel() != math.prod(self.shape(name)):
             raise CheckpointError(f"{self._path(name, kind)} has another shape than the weight")
         return found.float().reshape(-1)
+
+    def optimizer_steps(self) -> int | None:
+        """Adam's count of steps; None where that was not saved."""
+        path = self.folder / FOLDER / self._names[0] / "step.pt"
+        return int(load_tensor(path)) if path.is_file() else None
 
     def merged_in_halves(self, name: str) -> bool:
         """Whether gate and up were merged each by itself."""
