@@ -1,5 +1,6 @@
 """Exports: what is in the folder, what the checks find, and that nothing is lost."""
 
+import base64
 import json
 import shutil
 import weakref
@@ -18,8 +19,10 @@ from megatron_lite.checkpoint.huggingface import (
     import_huggingface,
     tokenizer_of,
 )
+from megatron_lite.checkpoint.huggingface.byte_level import of_tiktoken
 from megatron_lite.checkpoint.huggingface.check import TEXTS
 from megatron_lite.tokenizers import CharTokenizer, load_tokenizer
+from megatron_lite.tokenizers.gigatoken import hard_texts
 from tests.checkpoint.huggingface_models import LLAMA3_SCALING, OURS, ours, transformers
 from tools.generate import main as generate
 
@@ -256,6 +259,36 @@ def test_gpt2s_own_files_are_copied_and_found(tmp_path, specs):
     assert tokenizer_of(tmp_path / "hf") == f"gpt2:{tmp_path / 'hf'}"
 
 
+def tiktoken_file(path):
+    """Bytes, and tokens that merges reach, or (the last but one) do not."""
+    pytest.importorskip("tiktoken")
+    tokens = [bytes((byte,)) for byte in range(256)]
+    tokens += [b"th", b" q", b"the", b" qu", b"12", b"345", b"!!", b"\xd0\x9f", b"zxq", b" t"]
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return f"tiktoken:{path}"
+
+
+def test_a_tiktoken_file_becomes_tokenizer_json(tmp_path):
+    spec = tiktoken_file(tmp_path / "r50k_small.tiktoken")
+    _, step = ours("llama-gqa", tmp_path / "run", spec, vocab_size=50257, num_layers=1)
+    exported = export_huggingface(step, tmp_path / "hf")
+    assert exported.tokenizer == f"{spec} as tokenizer.json, tokenizer_config.json"
+    assert exported.config["eos_token_id"] == 50256
+    assert "the same ids" in check_export(step, tmp_path / "hf")[-1]
+
+
+@pytest.mark.parametrize("kind", ["r50k", "cl100k", "o200k"])
+def test_ids_of_tiktoken_files_are_kept(tmp_path, kind):
+    tokenizer = load_tokenizer(tiktoken_file(tmp_path / f"{kind}_small.tiktoken"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(of_tiktoken(tokenizer)))
+    theirs = load_tokenizer(f"hf:{tmp_path}")
+    assert theirs.eod_id == tokenizer.eod_id and theirs.special_ids == tokenizer.special_ids
+    for text in [*TEXTS, *hard_texts(), "zxq zxqzxq the quTHE'S 12345", "<|endoftext|>"]:
+        assert theirs.encode(text) == tokenizer.encode(text)
+        assert theirs.decode(theirs.encode(text)) == text
+
+
 def test_a_sentencepiece_model_is_copied(tmp_path):
     trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
     texts = iter(["the quick brown fox jumps over the lazy dog"] * 50)
@@ -317,15 +350,11 @@ def test_where_there_is_no_tokenizer_the_export_says_why(tmp_path):
 
 def test_real_tokenizers_go_along(tmp_path, real_data):
     folder = real_data / "tokenizers"
-    for number, (name, spec, size) in enumerate(
-        [
-            ("gpt2", f"gpt2:{folder}/gpt2-", 50257),
-            ("llama-gqa", f"hf:{folder}/gpt2-tokenizer.json", 50257),
-            ("llama-gqa", f"sentencepiece:{folder}/mistral-v1-32000.model", 32000),
-        ]
-    ):
-        _, step = ours(name, tmp_path / f"run{number}", spec, vocab_size=size, num_layers=1)
-        export_huggingface(step, tmp_path / f"hf{number}")
-        line = check_export(step, tmp_path / f"hf{number}")[-1]
-        # transformers' own reading of SentencePiece files merges runs of spaces in another order.
-        assert ("the same ids" in line) == (number < 2) and line.startswith("tokenizer: transformers")
+    _, step = ours("gpt2", tmp_path / "gpt2", f"gpt2:{folder}/gpt2-", vocab_size=50257, num_layers=1)
+    export_huggingface(step, tmp_path / "gpt2-hf")
+    assert "the same ids" in check_export(step, tmp_path / "gpt2-hf")[-1]
+    spec = f"sentencepiece:{folder}/mistral-v1-32000.model"
+    _, step = ours("llama-gqa", tmp_path / "llama", spec, vocab_size=32000, num_layers=1)
+    export_huggingface(step, tmp_path / "llama-hf")
+    # transformers' own reading of SentencePiece files merges runs of spaces in another order.
+    assert check_export(step, tmp_path / "llama-hf")[-1].startswith("tokenizer: transformers")

@@ -65,7 +65,7 @@ def reader_notes(config: dict[str, Any]) -> list[str]:
             notes.append("llama.cpp reads only a GPT-2 whose feed-forward part is 4 x n_embd wide")
         if config["activation_function"] == "gelu":
             notes.append(
-                "llama.cpp computes gelu by its tanh approximation, so that logits differ in the 3rd digit"
+                "llama.cpp computes gelu by its tanh approximation, so that logits differ from the 3rd digit on"
             )
         return notes
     width = config["head_dim"] * config["num_attention_heads"]

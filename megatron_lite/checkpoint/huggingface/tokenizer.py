@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.files import write_atomically
+from megatron_lite.checkpoint.huggingface.byte_level import of_bytes, of_tiktoken
 from megatron_lite.checkpoint.reader import Reader
 from megatron_lite.config import TOKENIZER_KINDS, ModelConfig
 from megatron_lite.tokenizers import ByteTokenizer, Tokenizer, TokenizerError, load_tokenizer
 from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer, find_gpt2_files
+from megatron_lite.tokenizers.openai import TiktokenTokenizer
 from megatron_lite.tokenizers.spm import SentencePieceTokenizer
 
 FAST, SENTENCEPIECE, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
@@ -85,7 +87,10 @@ def _write(spec: str, tokenizer: Tokenizer, target: Path) -> list[str]:
     kind, _, path = spec.partition(":")
     where = Path(path if kind in TOKENIZER_KINDS else spec)
     if isinstance(tokenizer, ByteTokenizer):
-        _write_json(target / FAST, _bytes())
+        _write_json(target / FAST, of_bytes(tokenizer))
+        return [FAST]
+    if isinstance(tokenizer, TiktokenTokenizer):
+        _write_json(target / FAST, of_tiktoken(tokenizer))
         return [FAST]
     if isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(where, target / SENTENCEPIECE)
@@ -140,38 +145,6 @@ def _ids(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
             if name in tokenizer.special_ids:
                 ids[f"{key}_id"] = tokenizer.special_ids[name]
     return ids
-
-
-def _bytes() -> dict[str, Any]:
-    """tokenizer.json of the byte tokenizer: byte-level BPE (GPT-2's letters for bytes) without a merge."""
-    tokenizer = ByteTokenizer()
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-    end = tokenizer.decode([tokenizer.eod_id])
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": tokenizer.eod_id, "content": end} | plain],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": None,
-        "decoder": level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {letters[byte]: byte for byte in range(256)} | {end: tokenizer.eod_id},
-            "merges": [],
-        },
-    }
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
