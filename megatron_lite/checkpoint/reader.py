@@ -152,16 +152,20 @@ class Reader:
         start: int,
         stop: int | None,
         flat_start: int,
+        *,
+        zero_fill: bool = False,
     ) -> None:
         """What `read_flat` gives from `flat_start` on, into a 1-D tensor of any device and type.
 
         From the disk to where it belongs, where that is contiguous, in host memory and of the stored type.
         """
         if target.dtype == self.dtype(name, kind) and target.device.type == "cpu" and target.is_contiguous():
-            self._fill(target.detach(), name, kind, dim, start, stop, flat_start)
+            if zero_fill:
+                target.zero_()
+            self._fill(target.detach(), name, kind, dim, start, stop, flat_start, zero_fill=zero_fill)
         else:
-            flat_stop = flat_start + target.numel()
-            target.copy_(self.read_flat(name, kind, dim, start, stop, flat_start, flat_stop))
+            where = (dim, start, stop, flat_start, flat_start + target.numel())
+            target.copy_(self.read_flat(name, kind, *where, zero_fill=zero_fill))
 
     def _fill(
         self,

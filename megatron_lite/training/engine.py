@@ -234,10 +234,10 @@ class Engine:
             begin = size * dist.get_rank(group=parameter.ds_process_group)
             own = parameter.ds_tensor.view(-1)[: max(0, min(size, parameter.ds_numel - begin))]
             if own.numel():
-                reader.read_into(own, spec.name, "weight", spec.dim, spec.start, spec.stop, begin)
+                optimizer_state.read_part(reader, own, spec, "weight", begin)
             if not getattr(parameter, "ds_persist", False):
                 return  # only small parameters stay gathered on every rank
-        reader.read_into(parameter.data.view(-1), spec.name, "weight", spec.dim, spec.start, spec.stop, 0)
+        optimizer_state.read_part(reader, parameter.data.view(-1), spec, "weight", 0)
 
 
 class PlainEngine(Engine):

@@ -153,9 +153,8 @@ def load_pieces(
 ) -> None:
     """Fills this rank's masters, and unless `optimizer_steps` is None its moments, from a checkpoint of any layout."""
     for fragment in owned:
-        spec, owner = fragment.spec, fragment.owner
-        where = (spec.dim, spec.start, spec.stop, fragment.flat_start)
-        reader.read_into(fragment.view(owner), spec.name, "weight", *where)
+        spec, owner, start = fragment.spec, fragment.owner, fragment.flat_start
+        read_part(reader, fragment.view(owner), spec, "weight", start)
         if optimizer_steps is None:
             continue
         state = optimizer.state[owner]
@@ -164,7 +163,23 @@ def load_pieces(
                 state[kind] = torch.zeros_like(owner)
         state["step"] = torch.tensor(float(optimizer_steps), device=owner.device)
         for kind in MOMENTS:
-            reader.read_into(fragment.view(state[kind]), spec.name, kind, *where)
+            read_part(reader, fragment.view(state[kind]), spec, kind, start)
+
+
+def read_part(reader: Reader, out: Tensor, spec: ParameterSpec, kind: str, flat_start: int) -> None:
+    """Fills `out`, 1-D, from element `flat_start` of this rank's shard on.
+
+    Where the checkpoint pads the vocabulary to another size, rows of padding are left out or made zero: no token ever
+    looks them up, and their gradient is zero.
+    """
+    repad = differs_in_padding(spec, reader.shape(spec.name))
+    reader.read_into(out, spec.name, kind, spec.dim, spec.start, spec.stop, flat_start, zero_fill=repad)
+
+
+def differs_in_padding(spec: ParameterSpec, shape: tuple[int, ...]) -> bool:
+    """Whether a stored shape is the parameter's but for its number of rows, one for each token."""
+    own = spec.global_shape
+    return spec.name in ("embed.weight", "head.weight") and shape[0] != own[0] and shape[1:] == own[1:]
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> int:

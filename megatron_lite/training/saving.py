@@ -13,6 +13,7 @@ from megatron_lite.checkpoint import CheckpointError, Reader, find_latest, resol
 from megatron_lite.config import Config
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.training.engine import Engine
+from megatron_lite.training.optimizer_state import differs_in_padding
 
 logger = logging.getLogger(__name__)
 
@@ -188,15 +189,18 @@ _STRUCTURE += [
 def _check_model(engine: Engine, reader: Reader, names: set[str]) -> None:
     """The model must be the one that was saved, `names` being all its parameters; checked before they are read."""
     held, faults = set(reader.names()), []
-    for name, parameter in engine.named_parameters():
-        shape = spec_of(parameter).global_shape
-        if name not in held:
-            faults.append(f"{name} is missing")
-        elif reader.shape(name) != shape:
-            faults.append(f"{name} is {reader.shape(name)}, the model's is {shape}")
-    faults += [f"{name} is not in the model" for name in sorted(held - names)]
     old = reader.metadata.get("config", {}).get("model", {})
     new = engine.config.model.model_dump(mode="json")
+    same_tokens = old.get("vocab_size") == new["vocab_size"]
+    for name, parameter in engine.named_parameters():
+        spec = spec_of(parameter)
+        if name not in held:
+            faults.append(f"{name} is missing")
+        elif (shape := reader.shape(name)) != spec.global_shape and not (
+            same_tokens and differs_in_padding(spec, shape)
+        ):
+            faults.append(f"{name} is {shape}, the model's is {spec.global_shape}")
+    faults += [f"{name} is not in the model" for name in sorted(held - names)]
     faults += [
         f"model.{key} was {old[key]} and is {new[key]}"
         for key in _STRUCTURE

@@ -168,6 +168,7 @@ def load_case(case: Case, folder: Path) -> str:
         ({"num_layers": 2}, "blocks.2.attention.linear_proj.bias is not in the model"),
         ({"num_attention_heads": 2}, "model.num_attention_heads was 4 and is 2"),
         ({"activation": "gelu"}, "model.activation was gelu_tanh and is gelu"),
+        ({"vocab_size": 70}, "embed.weight is (64, 32), the model's is (72, 32)"),
         ({"hidden_dropout": 0.1}, "loaded"),
     ],
 )
