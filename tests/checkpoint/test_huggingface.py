@@ -322,6 +322,24 @@ def test_a_sliding_window_limits_the_context(caplog):
     assert "slides over a window of 32 tokens" in caplog.text
 
 
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+def test_the_window_is_as_many_tokens_as_are_imported(tmp_path, family, caplog, monkeypatch):
+    """The same logits for as long as nothing has left the window, and not for one token more."""
+    more = {} if family == "Mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    monkeypatch.setitem(
+        MODELS, "window", (family, SMALL | {"num_key_value_heads": 4, "sliding_window": 24} | more)
+    )
+    theirs = make("window", tmp_path / "hf")
+    with Reader(import_huggingface(tmp_path / "hf", tmp_path / "run")) as reader:
+        ours = build_model(reader)
+    assert ours.config.max_positions == 24 and "slides over a window of 24 tokens" in caplog.text
+    ids = torch.randint(VOCABULARY, (3, 25), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine, wanted = ours(ids)[..., :VOCABULARY], theirs(ids).logits
+    torch.testing.assert_close(mine[:, :24], wanted[:, :24], rtol=1e-5, atol=1e-5)
+    assert (mine[:, 24] - wanted[:, 24]).abs().max() > 1e-3
+
+
 def edit(folder, change):
     file = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
