@@ -250,11 +250,24 @@ def test_the_tokenizer_goes_along_and_is_found_again(tmp_path, specs, kind, fami
         assert theirs.decode(theirs(text).input_ids) == text
 
 
+def test_an_export_into_the_tokenizers_own_folder_leaves_its_files(tmp_path, specs):
+    folder = tmp_path / "bytes-hf"
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    before = (folder / "tokenizer.json").read_bytes()
+    _, step = ours("llama-gqa", tmp_path / "run", specs["folder"])
+    assert "tokenizer.json, tokenizer_config.json" in export_huggingface(step, folder).tokenizer
+    assert (folder / "tokenizer.json").read_bytes() == before
+    assert "the same ids" in check_export(step, folder)[-1]
+
+
 def test_gpt2s_own_files_are_copied_and_found(tmp_path, specs):
     _, step = ours("gpt2", tmp_path / "run", specs["gpt2"], vocab_size=300)
     export_huggingface(step, tmp_path / "hf")
     assert (tmp_path / "hf" / "vocab.json").read_bytes() == (tmp_path / "gpt2" / "encoder.json").read_bytes()
     assert (tmp_path / "hf" / "merges.txt").read_bytes() == (tmp_path / "gpt2" / "vocab.bpe").read_bytes()
+    (end,) = read(tmp_path / "hf" / "tokenizer.json")["added_tokens"]
+    assert end["content"] == "<|endoftext|>" and end["special"]
     (tmp_path / "hf" / "tokenizer.json").unlink()
     assert tokenizer_of(tmp_path / "hf") == f"gpt2:{tmp_path / 'hf'}"
 

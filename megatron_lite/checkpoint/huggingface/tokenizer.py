@@ -93,23 +93,23 @@ def _write(spec: str, tokenizer: Tokenizer, target: Path) -> list[str]:
         _write_json(target / FAST, of_tiktoken(tokenizer))
         return [FAST]
     if isinstance(tokenizer, SentencePieceTokenizer):
-        shutil.copyfile(where, target / SENTENCEPIECE)
+        _copy(where, target / SENTENCEPIECE)
         return [SENTENCEPIECE]
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return []
     if kind == "gpt2" or (where.is_dir() and not (where / FAST).is_file()):
         for name, file in zip(GPT2_FILES, find_gpt2_files(path if kind == "gpt2" else where), strict=True):
-            shutil.copyfile(file, target / name)
+            _copy(file, target / name)
         special = HuggingFaceTokenizer.load_gpt2(path if kind == "gpt2" else where, special_tokens="parse")
         (target / FAST).write_text(special.to_json(), encoding="utf-8")
         return [FAST, *GPT2_FILES]
     folder = where if where.is_dir() else where.parent
     if where.is_file() and where.name != FAST:
-        shutil.copyfile(where, target / FAST)
+        _copy(where, target / FAST)
         return [FAST]
     found = [name for name in FILES if (folder / name).is_file()]
     for name in found:
-        shutil.copyfile(folder / name, target / name)
+        _copy(folder / name, target / name)
     return found
 
 
@@ -145,6 +145,11 @@ def _ids(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
             if name in tokenizer.special_ids:
                 ids[f"{key}_id"] = tokenizer.special_ids[name]
     return ids
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not (target.exists() and target.samefile(source)):  # an export into the tokenizer's own folder
+        shutil.copyfile(source, target)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
