@@ -17,6 +17,7 @@ from megatron_lite.checkpoint.foreign.names import ours
 from megatron_lite.checkpoint.foreign.pickles import Opaque, read_pickle, read_saved
 from megatron_lite.checkpoint.foreign.torch_dist import TorchDist, _unflatten
 from megatron_lite.checkpoint.huggingface import build_model
+from megatron_lite.config import build_config
 from tests.checkpoint.megatron_models import SETTINGS
 from tests.checkpoint.torch_dist import PLAIN, ROWS, SHAPES, plain, write_torch_dist
 
@@ -205,6 +206,26 @@ def test_files_of_other_folders_are_not_read(tmp_path):
     (source / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="which is not in its folder; do not load it"):
         TorchDist(source)
+
+
+def test_a_chunk_that_is_not_there(tmp_path):
+    source = write_torch_dist(tmp_path / "source", plain(), PLAIN)
+    metadata = pickle.loads((source / ".metadata").read_bytes())
+    metadata.state_dict_metadata["decoder.final_layernorm.weight"].chunks.clear()
+    (source / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"decoder.final_layernorm.weight has 0 of its 8 elements"):
+        import_foreign(source, tmp_path / "target")
+
+
+def test_a_vocabulary_larger_than_the_embedding(tmp_path):
+    source = write_torch_dist(tmp_path / "source", plain())
+    train = {"micro_batch_size": 1, "global_batch_size": 1, "steps": 1, "output_dir": "x"}
+    model = model_of(PLAIN, ROWS).model_dump(mode="json") | {"vocab_size": ROWS + 1}
+    tree = {"model": model, "train": train, "optimizer": {"lr": 0.1, "schedule": "constant"}}
+    with pytest.raises(
+        CheckpointError, match=r"word_embeddings.weight is \(24, 8\), its settings say \(32, 8\)"
+    ):
+        import_foreign(source, tmp_path / "target", config=build_config(tree))
 
 
 def test_flattened_states_of_old_releases():

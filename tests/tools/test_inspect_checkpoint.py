@@ -122,8 +122,9 @@ def test_equal_checkpoints(tmp_path, capsys):
 def test_what_differs_is_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("megatron_lite.checkpoint.diff.BLOCK", 5)
     embed = torch.full((3, 4), 2.0)
-    embed[2, 3], embed[0, 1] = 2.5, 1.75
-    save_small(tmp_path / "a")
+    embed[0, 0] = 4.0
+    save_small(tmp_path / "a", **{"embed.weight": embed.clone()})
+    embed[0, 1], embed[2, 3] = 2.5, 1.75  # the larger difference in an earlier block
     save_small(
         tmp_path / "b",
         **{
@@ -138,7 +139,7 @@ def test_what_differs_is_listed(tmp_path, capsys, monkeypatch):
     assert said[:6] == [
         f"only in {tmp_path / 'b'}: blocks.2.norm.weight",
         "blocks.1.norm.weight: shape [4] and [5]",
-        "embed.weight: largest difference 0.5, 2.5e-01 of the largest element, in 2 of 12 elements",
+        "embed.weight: largest difference 0.5, 1.2e-01 of the largest element, in 2 of 12 elements",
         "norm.weight: largest difference inf, 1.0e+00 of the largest element, in 1 of 4 elements",
         "norm.weight (exp_avg): largest difference inf, 1.0e+00 of the largest element, in 1 of 4 elements",
         "4 of 7 tensors differ, most of all blocks.1.norm.weight",
@@ -152,7 +153,7 @@ def test_what_differs_is_listed(tmp_path, capsys, monkeypatch):
         "numel": 12,
         "count": 2,
         "absolute": 0.5,
-        "relative": 0.25,
+        "relative": 0.125,
         "note": "",
     }
 
