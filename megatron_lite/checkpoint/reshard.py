@@ -77,9 +77,9 @@ def reshard(
             f"{dtype} rounds the fp32 weights that training goes on from; keep weights only"
         )
     with Reader(source) as reader:
-        kinds = ["weight"] if weights_only else reader.kinds
+        kinds, pieces_of = ["weight"] if weights_only else reader.kinds, _Source(reader)
         files = [
-            list(_pieces(reader, kinds, held, rank, data, dtype))
+            list(_pieces(pieces_of, kinds, held, rank, data, dtype))
             for held in _shards(reader, tensor, pipeline)
             for rank in range(data)
         ]
@@ -144,7 +144,7 @@ def _held(model: ModelConfig, mesh: Mesh, pipeline: int, stage: int) -> Iterator
 
 
 def _pieces(
-    reader: Reader, kinds: list[str], held: list[Shard], rank: int, ranks: int, dtype: torch.dtype | None
+    source: _Source, kinds: list[str], held: list[Shard], rank: int, ranks: int, dtype: torch.dtype | None
 ) -> Iterator[Piece]:
     """Part `rank` of `ranks` of the shards laid end to end, in pieces that are read when they are written."""
     width = -(-sum(shard.numel for shard in held) // ranks)
@@ -153,20 +153,31 @@ def _pieces(
         begin, end = end, end + shard.numel
         low, high = max(rank * width - begin, 0), min((rank + 1) * width - begin, shard.numel)
         for start in range(low, high, PIECE):
-            stop = min(start + PIECE, high)
             for kind in kinds:
-                wanted = dtype or reader.dtype(shard.name, kind)
-                data = Deferred(wanted, (stop - start,), _loader(reader, kind, shard, start, stop, wanted))
+                data = source.piece(shard, kind, start, min(start + PIECE, high), dtype)
                 yield Piece(shard.name, kind, shard.shape, shard.dim, shard.start, shard.stop, start, data)
 
 
-def _loader(reader: Reader, kind: str, shard: Shard, start: int, stop: int, dtype: torch.dtype) -> Any:
-    def load() -> torch.Tensor:
-        found = reader.read_flat(shard.name, kind, shard.dim, shard.start, shard.stop, start, stop)
-        reader.close()  # pages of mapped files count as this process's memory until they are unmapped
-        return rounded(found, dtype, shard.name)
+class _Source:
+    """A reader whose pieces take turns in the same memory: new memory for each would cost more than reading it."""
 
-    return load
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._memory: dict[torch.dtype, torch.Tensor] = {}
+
+    def piece(self, shard: Shard, kind: str, start: int, stop: int, dtype: torch.dtype | None) -> Deferred:
+        """Elements [start, stop) of a shard; what was read before is gone when they are."""
+        stored = self.reader.dtype(shard.name, kind)
+
+        def load() -> torch.Tensor:
+            if stored not in self._memory:
+                self._memory[stored] = torch.empty(PIECE, dtype=stored)  # what is not used takes no memory
+            part = self._memory[stored][: stop - start]
+            self.reader.read_into(part, shard.name, kind, shard.dim, shard.start, shard.stop, start)
+            self.reader.close()  # pages of mapped files count as this process's memory until they are unmapped
+            return rounded(part, dtype, shard.name)
+
+        return Deferred(dtype or stored, (stop - start,), load)
 
 
 def write_files(target: Path, step: int, files: list[list[Piece]], metadata: dict[str, Any]) -> Path:
