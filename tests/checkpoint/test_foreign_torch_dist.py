@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,8 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint import KINDS, CheckpointError, Reader
-from megatron_lite.checkpoint.foreign import find_foreign, import_foreign
+from megatron_lite.checkpoint.foreign import find_foreign, import_foreign, names
 from megatron_lite.checkpoint.foreign.arguments import model_of
-from megatron_lite.checkpoint.foreign.names import ours
 from megatron_lite.checkpoint.foreign.pickles import Opaque, read_pickle, read_saved
 from megatron_lite.checkpoint.foreign.torch_dist import TorchDist, _unflatten
 from megatron_lite.checkpoint.huggingface import build_model
@@ -198,6 +198,24 @@ def test_no_pickled_code_runs(tmp_path):
     assert not (tmp_path / "hit").exists()
 
 
+@pytest.mark.parametrize("file", [".metadata", "common.pt"])
+def test_damaged_pickles_are_read_or_refused(tmp_path, file):
+    path = write_torch_dist(tmp_path / "source", plain(), PLAIN) / file
+    good, draw = path.read_bytes(), random.Random(0)
+    outcomes = set()
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(draw.choice((1, 1, 3))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data)
+        try:
+            names.ours(TorchDist(path.parent).names())
+            outcomes.add("read")
+        except CheckpointError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
 def test_files_of_other_folders_are_not_read(tmp_path):
     source = write_torch_dist(tmp_path / "source", plain(), PLAIN)
     metadata = pickle.loads((source / ".metadata").read_bytes())
@@ -278,8 +296,8 @@ def test_scaled_rotary_positions():
 
 
 def test_prefixes_of_wrapped_models():
-    names = [f"model.{name}" for name in SHAPES]
-    assert ours(names).keys() == ours(SHAPES).keys()
+    wrapped = [f"model.{name}" for name in SHAPES]
+    assert names.ours(wrapped).keys() == names.ours(SHAPES).keys()
 
 
 @pytest.mark.parametrize(
