@@ -99,8 +99,7 @@ def write_index(folder: Path, index: Index) -> None:
     }
     # Through JSON once, so that what is summed is what a reader will have (integer keys become strings).
     content = json.loads(json.dumps(content, allow_nan=False))
-    data = json.dumps({"checksum": _checksum(content), "content": content}, separators=(",", ":"))
-    write_atomically(folder / INDEX, data.encode())
+    write_atomically(folder / INDEX, _text({"checksum": _checksum(content), "content": content}))
 
 
 def read_index(folder: Path) -> Index:
@@ -110,9 +109,11 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     try:
-        whole = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        whole = json.loads(data)
         content = whole["content"]
-        intact = whole["checksum"] == _checksum(content)
+        # As it was written, too: 1e-5 and 1E-5 are the same number, and not the same byte.
+        intact = whole["checksum"] == _checksum(content) and data == _text(whole)
     except FileNotFoundError:
         fault = "is not there, so the folder is no complete checkpoint (a save that was cut short?)"
         raise CheckpointError(f"{path} {fault}; use another step") from None
@@ -131,6 +132,10 @@ def read_index(folder: Path) -> Index:
             )
     files = [FileEntry.from_json(file, entry, parameters) for file, entry in content["files"].items()]
     return Index(content["step"], content["metadata"], files)
+
+
+def _text(whole: object) -> bytes:
+    return json.dumps(whole, separators=(",", ":")).encode()
 
 
 def _checksum(content: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import DTYPES_BY_NAME, READERS, read_range
+from megatron_lite.checkpoint.files import DTYPES_BY_NAME, READERS, read_range, write_atomically
 from megatron_lite.checkpoint.index import INDEX, check_bytes, check_size, key_of, read_index
 from megatron_lite.checkpoint.layout import (
     Span,
@@ -276,6 +277,27 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
+def write_latest(folder: Path) -> None:
+    """Point `latest` at a step folder beside it; the sum after the name tells damage from another step's name."""
+    write_atomically(folder.parent / LATEST, f"{folder.name} {_sum_of(folder.name)}\n".encode())
+
+
+def _read_latest(directory: Path) -> int | None:
+    """The step that `latest` names, None where there is none; says so where it is damaged."""
+    try:
+        name, *rest = (directory / LATEST).read_bytes().decode("latin-1").split(" ")
+    except OSError:
+        return None
+    if _STEP.match(name.strip()) and rest in ([], [f"{_sum_of(name)}\n"]):  # once it was the name alone
+        return step_of(Path(name.strip()))
+    log.warning("%s is damaged; the checkpoint of the highest step counts", directory / LATEST)
+    return None
+
+
+def _sum_of(name: str) -> str:
+    return f"crc32:{zlib.crc32(name.encode()):08x}"
+
+
 def step_folders(directory: Path) -> list[Path]:
     """The step folders of a checkpoints folder, the one to resume from first.
 
@@ -283,11 +305,7 @@ def step_folders(directory: Path) -> list[Path]:
     that was rewound, or by a save that was killed before it moved the pointer).
     """
     found = [path for path in directory.iterdir() if _STEP.match(path.name)]
-    try:
-        pointer = (directory / LATEST).read_text().strip()
-    except OSError:
-        pointer = ""
-    latest = step_of(Path(pointer)) if _STEP.match(pointer) else None
+    latest = _read_latest(directory)
 
     def order(path: Path) -> tuple[bool, int, str]:
         # What was replaced (.old) comes after what replaced it.

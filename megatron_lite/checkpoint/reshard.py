@@ -20,14 +20,13 @@ from megatron_lite.checkpoint.files import (
     DTYPE_NAMES,
     Deferred,
     fsync_directory,
-    write_atomically,
     write_safetensors,
 )
 from megatron_lite.checkpoint.huggingface import model_config
 from megatron_lite.checkpoint.huggingface.exporting import rounded
 from megatron_lite.checkpoint.index import FileEntry, Index, key_of, write_index
 from megatron_lite.checkpoint.layout import Piece, check_coverage, column_size, shard_numel, stored
-from megatron_lite.checkpoint.reader import LATEST, Reader
+from megatron_lite.checkpoint.reader import Reader, write_latest
 from megatron_lite.config import ModelConfig
 from megatron_lite.model.gpt import gpt_layers
 from megatron_lite.model.runtime import Runtime
@@ -210,7 +209,7 @@ def write_files(target: Path, step: int, files: list[list[Piece]], metadata: dic
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full
         raise
     fsync_directory(final.parent)
-    write_atomically(final.parent / LATEST, f"{final.name}\n".encode())
+    write_latest(final)
     return final
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import DTYPE_NAMES, fsync_directory, write_atomically, write_safetensors
+from megatron_lite.checkpoint.files import DTYPE_NAMES, fsync_directory, write_safetensors
 from megatron_lite.checkpoint.index import FileEntry, Index, key_of, write_index
 from megatron_lite.checkpoint.layout import Piece, check_coverage, stored
-from megatron_lite.checkpoint.reader import LATEST, Reader, step_folders, step_of
+from megatron_lite.checkpoint.reader import Reader, step_folders, step_of, write_latest
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _publish(
         os.replace(final, replaced)
     os.replace(temporary, final)
     fsync_directory(final.parent)
-    write_atomically(final.parent / LATEST, f"{final.name}\n".encode())
+    write_latest(final)
     try:
         if replaced.exists():
             _remove(replaced)
