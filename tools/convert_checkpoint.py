@@ -6,7 +6,8 @@
     python tools/convert_checkpoint.py --load Llama-3.2-1B --save runs/llama --to megatron_lite
     python tools/convert_checkpoint.py --load megatron/checkpoints --save runs/gpt --to megatron_lite
 
-Any layout reads any other, so that cutting anew is for moving files about: one a rank, few or many, weights only.
+Any layout reads any other, so that cutting anew is for moving files about: one a rank, few or many (--data 16 alone: 16
+equal files), weights only.
 What --to megatron_lite reads, besides ours: a Hugging Face folder; Megatron-LM's torch_dist; DeepSpeed's universal, of
 Megatron-DeepSpeed's models. The optimizer state comes along where the format has it for every parameter.
 One parameter is in memory at a time. An export to hf is checked before it is called done: read back, every parameter
