@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_lite.checkpoint import KINDS, CheckpointError, Reader
 from megatron_lite.checkpoint.foreign import find_foreign, import_foreign, names
@@ -244,6 +245,29 @@ def test_a_vocabulary_larger_than_the_embedding(tmp_path):
         CheckpointError, match=r"word_embeddings.weight is \(24, 8\), its settings say \(32, 8\)"
     ):
         import_foreign(source, tmp_path / "target", config=build_config(tree))
+
+
+def test_shards_along_any_dimension(tmp_path):
+    """As two tensor-parallel and two pipeline ranks would leave a row-parallel weight: a grid of chunks."""
+    tensors, name = plain(), "decoder.layers.0.mlp.linear_fc2.weight"
+    source = write_torch_dist(tmp_path / "source", tensors, PLAIN)
+    metadata = pickle.loads((source / ".metadata").read_bytes())
+    entry, (whole,) = metadata.state_dict_metadata[name], metadata.state_dict_metadata[name].chunks
+    place = metadata.storage_data.pop(MetadataIndex(name, whole.offsets))
+    entry.chunks.clear()
+    data = b""
+    for top, left in ((4, 6), (0, 0), (4, 0), (0, 6)):
+        saved = io.BytesIO()
+        torch.save(tensors[name][top : top + 4, left : left + 6].clone(), saved)
+        entry.chunks.append(type(whole)(torch.Size((top, left)), torch.Size((4, 6))))
+        index = MetadataIndex(name, torch.Size((top, left)))
+        metadata.storage_data[index] = type(place)("__1_0.distcp", len(data), len(saved.getvalue()))
+        data += saved.getvalue()
+    (source / "__1_0.distcp").write_bytes(data)
+    (source / ".metadata").write_bytes(pickle.dumps(metadata))
+    imported = import_foreign(source, tmp_path / "target")
+    with Reader(imported.folder) as reader:
+        assert torch.equal(reader.read("blocks.0.mlp.linear_fc2.weight"), tensors[name])
 
 
 def test_flattened_states_of_old_releases():
