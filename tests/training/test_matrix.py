@@ -36,6 +36,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama untied": {"style": "llama", "tied": False},
 }
 BF16 = Case(precision="bf16")
+OFFLOAD = {"deepspeed.zero_optimization.offload_optimizer": {"device": "cpu"}}
+PERSISTENT = {"deepspeed.zero_optimization.stage3_param_persistence_threshold": 300}  # biases stay whole
 
 
 def padded(multiple: int) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def padded(multiple: int) -> dict[str, Any]:
 SOURCES: dict[str, tuple[str, Case]] = {
     "tp2 pp2 dp2 sequence": ("gpt2 tied", Case(2, 2, 2, zero=1, sequence=True)),
     "tp2 dp3 zero0": ("llama untied", Case(2, 1, 3, zero=0)),
-    "tp2 dp2 zero2": ("gpt2 tied", Case(2, 1, 2, zero=2)),
+    "tp2 dp2 zero2 offload": ("gpt2 tied", Case(2, 1, 2, zero=2, settings=OFFLOAD)),
     "dp3 zero3": ("llama tied", Case(data=3, zero=3, model=padded(7))),
     "tp4 sequence": ("gpt2 tied", Case(4, zero=1, sequence=True)),
     "pp3 dp2 zero0": ("llama tied", Case(1, 3, 2, zero=0)),
@@ -58,13 +60,13 @@ SOURCES: dict[str, tuple[str, Case]] = {
 TARGETS: dict[str, Case] = {
     "one rank": Case(zero=0),
     "dp3 zero3": Case(data=3, zero=3, model=padded(1)),
-    "dp3 zero2": Case(data=3, zero=2),
+    "dp3 zero2 offload": Case(data=3, zero=2, settings=OFFLOAD),
     "tp2 dp2 zero3": Case(2, 1, 2, zero=3),
     "tp4": Case(4, zero=1),
     "pp3 dp2": Case(1, 3, 2, zero=1),
     "tp2 pp2 zero0 sequence": Case(2, 2, sequence=True, zero=0),
     "tp2 dp3": Case(2, 1, 3, zero=1, model=padded(48)),
-    "bf16 dp2 zero3": replace(BF16, data=2, zero=3),
+    "bf16 dp2 zero3": replace(BF16, data=2, zero=3, settings=PERSISTENT),
     "bf16 tp2 pp2": replace(BF16, tensor=2, pipeline=2, zero=1),
 }
 
@@ -88,7 +90,13 @@ class Half:
 def case_of(model: str, layout: Case, folder: Path, **settings: Any) -> Case:
     accumulated = 2 if layout.pipeline > 1 else 1
     micro = 2 if "dropout" in model else 12 // layout.data // accumulated
-    settings = {"train.output_dir": str(folder), "train.micro_batch_size": micro, **BATCH, **settings}
+    settings = {
+        "train.output_dir": str(folder),
+        "train.micro_batch_size": micro,
+        **BATCH,
+        **layout.settings,
+        **settings,
+    }
     kind = MODELS[model]
     shape = {"num_layers": 3, **kind.get("model", {}), **layout.model}
     return replace(layout, style=kind["style"], tied=kind["tied"], model=shape, settings=settings)

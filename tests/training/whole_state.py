@@ -39,6 +39,11 @@ def whole_state(engine: Engine) -> State:
         if hasattr(parameter, "ds_tensor"):
             start = parameter.ds_tensor.ds_numel * engine.mesh.data_rank
             own = parameter.ds_tensor.detach()[: max(0, parameter.ds_numel - start)]
+            if parameter.ds_persist and parameter.numel():  # gathered, from the first step on
+                whole = _shard(state[spec.name, "weight"], spec)
+                assert torch.equal(parameter.detach(), whole.to(parameter.dtype)), (
+                    f"{spec.name} is not its master"
+                )
         master = _shard(state[spec.name, "weight"], spec).reshape(-1)[start : start + own.numel()]
         assert torch.equal(own, master.to(own.dtype)), f"{spec.name} is not its master"
     return state
