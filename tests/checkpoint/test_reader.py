@@ -102,6 +102,10 @@ def test_a_vocabulary_padded_otherwise_is_read_where_they_overlap(tmp_path):
     with Reader(save_state(tmp_path, 1, state, 4, 1, 2, 1)) as reader:
         wider = reader.read("embed.weight", dim=0, start=0, stop=30, zero_fill=True)
         assert torch.equal(wider[:24], whole) and wider.shape == (30, 5) and not wider[24:].any()
+        for dtype in (torch.float32, torch.bfloat16):
+            target = torch.full((28 * 5,), 7.0, dtype=dtype)
+            reader.read_into(target, "embed.weight", "weight", 0, 2, 30, 0, zero_fill=True)
+            assert torch.equal(target.view(28, 5), wider[2:].to(dtype))
         shard = reader.read_flat("embed.weight", "weight", 0, 20, 30, 15, 25, zero_fill=True)
         assert torch.equal(shard, torch.cat([whole[23], torch.zeros(5)]))
         assert not reader.read("embed.weight", dim=0, start=24, stop=30, zero_fill=True).any()
