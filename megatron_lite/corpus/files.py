@@ -95,6 +95,14 @@ def _check_file(path: str) -> None:
         pass
 
 
+def refuse_overwriting(inputs: Sequence[str | Path], outputs: Sequence[str | Path | None]) -> None:
+    """Raises CorpusError for an output that is one of the input files (expanded), by whatever name; None is none."""
+    read = {os.path.realpath(path) for path in inputs}
+    for path in outputs:
+        if path is not None and os.path.realpath(path) in read:
+            raise CorpusError(f"{path}: is among the inputs; write to another place")
+
+
 def split_ending(path: str) -> tuple[str, str]:
     """(ending that tells the format, ending of the compression or ""), both in lower case."""
     name = path.lower()

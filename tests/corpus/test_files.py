@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from megatron_lite.corpus import CorpusError
-from megatron_lite.corpus.files import expand_inputs, format_of, open_input, reading, writing
+from megatron_lite.corpus.files import (
+    expand_inputs,
+    format_of,
+    open_input,
+    reading,
+    refuse_overwriting,
+    writing,
+)
 
 
 def names(folder: Path, inputs: list[str]) -> list[str]:
@@ -98,6 +105,15 @@ def test_a_folder_that_cannot_be_listed_is_named(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(CorpusError, match="Permission denied"):
         expand_inputs([folder])
+
+
+def test_an_output_among_the_inputs_is_refused(folder: Path) -> None:
+    (folder / "link").symlink_to(folder / "b.jsonl")
+    inputs = expand_inputs([folder])
+    for name in ("b.jsonl", "link", "sub/../b.jsonl"):
+        with pytest.raises(CorpusError, match=rf"{name}: is among the inputs; write to another place"):
+            refuse_overwriting(inputs, [None, folder / "new", folder / name])
+    refuse_overwriting(inputs, [None, folder / "new"])
 
 
 def packed(path: Path, parts: list[bytes]) -> Path:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from megatron_lite.corpus.cleaning.report import Cleaned, CleanReport
 from megatron_lite.corpus.cleaning.rules import Outcome, build_rules, clean_document
 from megatron_lite.corpus.cleaning.settings import CleaningSettings
+from megatron_lite.corpus.files import expand_inputs, refuse_overwriting
 from megatron_lite.corpus.reader import Chunk, CorpusError, Problem, RecordWriter, parse_records, read_chunks
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,14 @@ def clean_corpus(
     if dropped_output is not None and Path(dropped_output).resolve() == Path(output).resolve():
         raise CorpusError(f"{output}: named for the kept and for the dropped documents; take two files")
     arguments = (settings, text_key, dropped_output is not None)
+    files = expand_inputs(inputs)
+    refuse_overwriting(files, [output, dropped_output])
     cleaner = _Cleaner(*arguments)
     report = CleanReport()
     with ExitStack() as stack:
         writer = stack.enter_context(RecordWriter(output))
         dropped = stack.enter_context(RecordWriter(dropped_output)) if dropped_output is not None else None
-        chunks = read_chunks(inputs, chunk_bytes)
+        chunks = read_chunks(files, chunk_bytes)
         if workers > 1:
             results = stack.enter_context(closing(_in_processes(chunks, workers, arguments)))
         else:

@@ -115,3 +115,11 @@ def test_one_file_for_both_outputs_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", RECORDS)
     with pytest.raises(CorpusError, match="take two files"):
         clean_corpus([path], tmp_path / "o", WORDS, dropped_output=tmp_path / "y" / ".." / "o")
+
+
+def test_no_input_is_overwritten(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", RECORDS)
+    for output, dropped in ((path, None), (tmp_path / "o.jsonl", path)):
+        with pytest.raises(CorpusError, match=rf"{path}: is among the inputs"):
+            clean_corpus([tmp_path], output, WORDS, dropped_output=dropped)
+    assert read(path) == RECORDS
