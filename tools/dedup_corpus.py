@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from megatron_lite.corpus.dedup import Decontaminate, Exact, Lines, MinHash, Substrings, dedup_corpus
+from megatron_lite.corpus.workers import one_interrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,19 +27,23 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = options.report or f"{options.output}.report.json"
     try:
-        report = dedup_corpus(
-            options.input,
-            options.output,
-            rules,
-            text_key=options.text_key,
-            workers=options.workers,
-            memory=options.memory << 20,
-            on_error=options.on_error,
-            report=path,
-        )
+        with one_interrupt():
+            report = dedup_corpus(
+                options.input,
+                options.output,
+                rules,
+                text_key=options.text_key,
+                workers=options.workers,
+                memory=options.memory << 20,
+                on_error=options.on_error,
+                report=path,
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing is written", file=sys.stderr)
+        return 130
     _print(report)
     print(f"report: {path}")
     return 3 if report["documents"]["rejected"] else 0

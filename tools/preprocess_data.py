@@ -21,6 +21,7 @@ import sys
 
 from megatron_lite.corpus import EncodeSettings, EncodeStats, Progress, Shard, encode_corpus, join_shards
 from megatron_lite.corpus.shards import WHOLE
+from megatron_lite.corpus.workers import one_interrupt
 from megatron_lite.tokenizers.megatron import TOKENIZER_TYPES, spec_of_megatron
 
 # Megatron's flags that have no equal here, and why.
@@ -51,17 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
             for merged in join_shards(options.output_prefix):
                 print(f"{merged.prefix}: documents {merged.documents:,}, tokens {merged.tokens:,}")
             return 0
-        stats = encode_corpus(
-            options.input,
-            options.output_prefix,
-            settings_of(options),
-            workers=options.workers,
-            on_error=options.on_error,
-            max_documents=options.max_documents,
-            shard=options.shard,
-            restart=options.restart,
-            progress=Progress(options.log_interval),
-        )
+        with one_interrupt():
+            stats = encode_corpus(
+                options.input,
+                options.output_prefix,
+                settings_of(options),
+                workers=options.workers,
+                on_error=options.on_error,
+                max_documents=options.max_documents,
+                shard=options.shard,
+                restart=options.restart,
+                progress=Progress(options.log_interval),
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -25,6 +23,7 @@ from megatron_lite.corpus.journal import Journal
 from megatron_lite.corpus.progress import Progress
 from megatron_lite.corpus.reader import Chunk, Problem
 from megatron_lite.corpus.shards import WHOLE, Part, Shard, read_parts, write_manifest
+from megatron_lite.corpus.workers import worker_processes
 from megatron_lite.data import DatasetError, IndexedDatasetWriter, WriterState, sidecar_of, write_sidecar
 from megatron_lite.data.sidecar import Checksums, check_place
 from megatron_lite.data.writer import publish
@@ -309,12 +308,14 @@ def _encoded(run: _Run, parts: Iterator[Part]) -> Generator[tuple[Part, Encoded]
         # Threads, not processes: memory and start of one. One thread more than encode at a time reads JSON meanwhile.
         run.encoder.tokenizer.allow(run.workers)
         threads = run.workers + 1
-        yield from _in_flight(ThreadPoolExecutor(threads), run.encoder, parts, threads)
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield from _in_flight(pool, run.encoder, parts, threads)
+        finally:
+            pool.shutdown(cancel_futures=True)
     elif run.workers > 1:
-        # Spawned, not forked: tokenizer libraries keep threads, which a fork would break.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(run.workers, context, _start_worker, (run.encoder.settings,))
-        yield from _in_flight(pool, _work, parts, run.workers)
+        with worker_processes(run.workers, _start_worker, (run.encoder.settings,)) as processes:
+            yield from _in_flight(processes, _work, parts, run.workers)
     else:
         yield from ((part, run.encoder(part.chunk)) for part in parts)
 
@@ -327,15 +328,8 @@ def _in_flight(
     def submit(count: int) -> None:
         flight.extend((part, pool.submit(work, part.chunk)) for part in islice(parts, count))
 
-    try:
-        submit(workers * _PER_WORKER)
-        while flight:
-            part, future = flight.popleft()
-            yield part, future.result()
-            submit(1)
-    except BrokenProcessPool:
-        raise ChildProcessError(
-            "a worker process ended unexpectedly, often for lack of memory: try fewer workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    submit(workers * _PER_WORKER)
+    while flight:
+        part, future = flight.popleft()
+        yield part, future.result()
+        submit(1)

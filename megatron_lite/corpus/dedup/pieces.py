@@ -6,13 +6,10 @@ pieces themselves: only names go to them and only results come back.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
@@ -22,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.corpus.files import (
-    CorpusError,
     expand_inputs,
     format_of,
     open_input,
@@ -31,6 +27,7 @@ from megatron_lite.corpus.files import (
 )
 from megatron_lite.corpus.json_lines import fast_parser
 from megatron_lite.corpus.reader import Chunk, Problem, parse_records, read_chunks
+from megatron_lite.corpus.workers import worker_processes
 
 PIECE_BYTES = 32 << 20
 _BLOCK_BYTES = 1 << 20
@@ -137,20 +134,12 @@ def problems(path: str, index: int, line: bytes, text_key: str) -> Iterator[Prob
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Executor | None]:
-    """Processes that end with this one, however it ends; None where `workers` is 1."""
+    """`worker_processes`; None where `workers` is 1."""
     if workers == 1:
         yield None
         return
-    # Spawned, not forked: a fork would copy the threads' locks of whatever library the caller has running.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
-    try:
+    with worker_processes(workers, remedy="fewer workers or a lower --memory") as pool:
         yield pool
-    except BrokenProcessPool:
-        raise CorpusError(
-            "a worker process ended unexpectedly, often for lack of memory: try fewer workers or a lower --memory"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def in_order(
@@ -169,15 +158,3 @@ def in_order(
     while flight:
         yield flight.popleft().result()
         flight.extend(pool.submit(function, item) for item in islice(waiting, 1))
-
-
-def _end_with_parent() -> None:
-    """Workers of a killed parent would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,96 @@
+"""Processes that work for this one: they end when it ends, however it does, and leave Ctrl-C to it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def worker_processes(
+    workers: int,
+    start: Callable[..., object] | None = None,
+    arguments: tuple[Any, ...] = (),
+    remedy: str = "fewer workers",
+) -> Iterator[Executor]:
+    """A pool of so many processes, each of which calls `start` first. After an exception they are killed, not waited
+    for: none writes anything once the `with` block has ended.
+
+    Raises ChildProcessError, which names the `remedy`, where one of them is killed by others.
+    """
+    # Spawned, not forked: a fork would copy the locks of threads that tokenizer libraries and numpy keep.
+    context = multiprocessing.get_context("spawn")
+    pool = _Pool(workers, context, _start, (start, arguments))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        _kill(pool)
+        raise ChildProcessError(
+            f"a worker process ended unexpectedly, often for lack of memory: try {remedy}"
+        ) from None
+    except BaseException:
+        _kill(pool)
+        raise
+    pool.shutdown()
+
+
+@contextmanager
+def one_interrupt() -> Iterator[None]:
+    """The first Ctrl-C is a KeyboardInterrupt; further ones do not disturb the clearing up (`timeout -s INT` sends two,
+    and so do people). For command lines: signals are the whole process's. One that ignores Ctrl-C goes on ignoring it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Pool(ProcessPoolExecutor):
+    def submit(self, *arguments: Any, **options: Any) -> Future[Any]:
+        """Processes are started here, and inherit that SIGINT is blocked: no moment of their start is without it."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(*arguments, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill(pool: _Pool) -> None:
+    """(`kill_workers` of Python 3.14.)"""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    # Of a result that a worker was writing the pool's own thread would wait for the rest, and the end of Python for the
+    # thread: with this end closed, too, there is no writer left.
+    results = getattr(pool, "_result_queue", None)
+    if results is not None:
+        results._writer.close()
+    pool.shutdown(cancel_futures=True)
+
+
+def _start(start: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        """Workers of a killed parent would wait for work for ever."""
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if start is not None:
+        start(*arguments)
