@@ -1,7 +1,8 @@
 """Saving and loading a model with its optimizer state: ours, torch.save, torch.distributed.checkpoint, DeepSpeed.
 
-Sides take turns, each turn in a process of its own with one rank on the CPU. Directly before, a turn writes and reads
-as many bytes as its side does, in one plain file, which is the disk's own rate at that moment; ratios are to that.
+Sides take turns, each turn in a process of its own with one rank on the CPU. Directly before and after, a turn writes
+and reads as many bytes as its side does, in one plain file: the mean is the disk's own rate at that moment (many disks
+are faster for a while after a rest), and ratios are to that.
 Writing ends when the disk has the data (fsync; of torch.save's and DeepSpeed's files, which they do not do, by us).
 Before anything is read its pages are dropped from the page cache (posix_fadvise). Loading ends with everything in the
 memory of the model and optimizer; ours has verified every checksum then, the others verify nothing. Of a save beside
@@ -74,24 +75,30 @@ class Turn:
         self.plain = folder / "plain"
         self.found: dict[str, float] = {}
 
-    def timed(self, name: str, action: Callable[[], Any]) -> Any:
+    def timed(self, name: str, action: Callable[[], Any]) -> float:
         begun = time.perf_counter()
-        result = action()
+        action()
         self.found[name] = time.perf_counter() - begun
-        return result
+        return self.found[name]
 
     def save(self, state: State, size: int, action: Callable[[], Any], name: str = "save") -> None:
         """The disk, then `action`; both to an empty folder."""
         self.clear()
-        self.timed("disk write", lambda: write_plain(self.plain, state, size))
+        before = self.timed("disk write", lambda: write_plain(self.plain, state, size))
         self.timed(name, action)
+        self.plain.unlink()
+        after = self.timed("disk write", lambda: write_plain(self.plain, state, size))
+        self.found["disk write"] = (before + after) / 2
         self.found["bytes"] = sum(path.stat().st_size for path in self.files())
 
     def load(self, action: Callable[[], Any]) -> None:
         for path in (*self.files(), self.plain):
             drop(path)
-        self.timed("disk read", lambda: read_plain(self.plain))
+        before = self.timed("disk read", lambda: read_plain(self.plain))
         self.timed("load", action)
+        drop(self.plain)
+        after = self.timed("disk read", lambda: read_plain(self.plain))
+        self.found["disk read"] = (before + after) / 2
 
     def files(self) -> list[Path]:
         return [path for path in self.folder.rglob("*") if path.is_file()]
@@ -138,7 +145,8 @@ def ours(turn: Turn, size: str, background: bool) -> None:
     pieces = [Piece.whole(name, kind, t) for kind, held in state.items() for name, t in held.items()]
 
     def later() -> None:
-        taken = turn.timed("stall", lambda: host.take(pieces))
+        taken: list[Piece] = []
+        turn.timed("stall", lambda: taken.extend(host.take(pieces)))
         thread = threading.Thread(target=save, args=(turn.folder, 1, taken, {}))
         thread.start()
         thread.join()
@@ -188,10 +196,13 @@ def torch_dcp(turn: Turn, size: str, background: bool) -> None:
         from torch.distributed.checkpoint.state_dict_saver import DefaultStager
 
         def later(stager: Any) -> None:
-            job = turn.timed(
-                "stall", lambda: dcp.async_save(flat, checkpoint_id=turn.folder, async_stager=stager)
-            )
-            getattr(job, "upload_completion", job).result()
+            jobs: list[Any] = []
+
+            def begin() -> None:
+                jobs.append(dcp.async_save(flat, checkpoint_id=turn.folder, async_stager=stager))
+
+            turn.timed("stall", begin)
+            getattr(jobs[0], "upload_completion", jobs[0]).result()
 
         options = {"use_pinned_memory": False, "use_shared_memory": False, "use_async_staging": False}
         from torch.distributed.checkpoint.staging import StagingOptions
