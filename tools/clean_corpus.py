@@ -5,17 +5,26 @@ it was, in the order of the input. The defaults are the published rules for Engl
 paragraph: print them with --print-settings, and give what should differ in --settings FILE. For code, other languages
 or text with wrapped lines begin with examples/cleaning/any_text.json, which repairs and masks and drops nothing.
 
-Exit status: 0 done, 2 bad input or settings (nothing is written then), 3 done, but bad input was left out.
+Exit status: 0 done, 2 bad input or settings (nothing is written then), 3 done, but bad input was left out,
+130 interrupted (Ctrl-C; nothing is written then).
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-from pathlib import Path
 
 from megatron_lite.corpus.cleaning import CleaningSettings, clean_corpus, load_settings
+from megatron_lite.corpus.files import (
+    CorpusError,
+    check_output,
+    expand_inputs,
+    refuse_overwriting,
+    writing,
+)
+from megatron_lite.corpus.workers import one_interrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,10 +40,30 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if not options.input or not options.output:
             parser.error("--input and --output are needed")
-        path = Path(options.report or f"{options.output}.report.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with one_interrupt():
+            return run(options, settings)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+def run(options: argparse.Namespace, settings: CleaningSettings) -> int:
+    """Clean and report. Whether all can be written is looked at before, and the report put in place last."""
+    path = options.report or f"{options.output}.report.json"
+    if os.path.realpath(path) in map(os.path.realpath, filter(None, (options.output, options.dropped))):
+        raise CorpusError(f"--report {path}: named for documents too; take two files")
+    inputs = expand_inputs(options.input)
+    refuse_overwriting(inputs, [options.output, options.dropped, path])
+    check_output(options.output, "--output")
+    if options.dropped:
+        check_output(options.dropped, "--dropped")
+    check_output(path, "--report")
+    with writing(path) as file:
         report = clean_corpus(
-            options.input,
+            inputs,
             options.output,
             settings,
             text_key=options.text_key,
@@ -42,10 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
             workers=options.workers,
             on_error=options.on_error,
         )
-        path.write_text(report.to_json(settings.model_dump(mode="json")), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        file.write(report.to_json(settings.model_dump(mode="json")).encode())
     print(report)
     print(f"report: {path}")
     return 3 if report.rejected else 0

@@ -6,6 +6,7 @@ import glob
 import gzip
 import io
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ _NEEDS = {
     ".warc": ("warcio", "resiliparse"),
     ".wet": ("warcio",),
 }
+_SIDE_FILES = (".manifest.json", ".report.json", ".bin", ".idx", ".partial")  # our own tools write these
+_TEMPORARY = re.compile(r"\.tmp-\d+$")
 _NOT_READ = (".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
 _FEED = 1 << 14  # compressed bytes at once: what they become is held in memory
 _MAX_WINDOW = 1 << 31  # `zstd --long=31`, as public dumps of forums are compressed
@@ -44,7 +47,8 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[str]:
 
     A path that exists is taken as it is, whatever characters it holds. A folder stands for every file below it of a
     known ending (hidden files and folders aside); a glob ("data/*.jsonl", "data/**/*.gz") for what it matches, the
-    folders among it included. What is named twice comes twice. Expanding the result again changes nothing.
+    folders among it included. Both pass over what our tools write beside a corpus (datasets with their sidecars,
+    manifests, reports, unfinished files). What is named twice comes twice. Expanding the result again changes nothing.
 
     Raises CorpusError for an input that names no file.
     """
@@ -65,7 +69,7 @@ def _expand(entry: str) -> list[str]:
         return [entry]
     files: set[str] = set()
     for path in glob.glob(entry, recursive=True):
-        files.update(_files_below(path) if os.path.isdir(path) else [path])
+        files.update(_files_below(path) if os.path.isdir(path) else [] if _is_side_file(path) else [path])
     if not files:
         raise CorpusError(f"{entry}: cannot be read: no file matches")
     for path in files:
@@ -85,8 +89,19 @@ def _files_below(folder: str) -> Iterator[str]:
             folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
             if real not in seen:
                 shown = (name for name in names if not name.startswith("."))
-                yield from (os.path.join(place, name) for name in shown if split_ending(name)[0] in _FORMATS)
+                known = (os.path.join(place, name) for name in shown if split_ending(name)[0] in _FORMATS)
+                yield from (path for path in known if not _is_side_file(path))
             seen.add(real)
+
+
+def _is_side_file(path: str) -> bool:
+    """What our tools write beside a corpus; a dataset's sidecar is known by the dataset beside it."""
+    stem, ending = os.path.splitext(path)
+    return (
+        path.endswith(_SIDE_FILES)
+        or _TEMPORARY.search(path) is not None
+        or (ending == ".json" and any(os.path.exists(f"{stem}.{part}") for part in ("bin", "idx")))
+    )
 
 
 def _check_file(path: str) -> None:
@@ -101,6 +116,25 @@ def refuse_overwriting(inputs: Sequence[str | Path], outputs: Sequence[str | Pat
     for path in outputs:
         if path is not None and os.path.realpath(path) in read:
             raise CorpusError(f"{path}: is among the inputs; write to another place")
+
+
+def check_output(path: str | Path, flag: str = "") -> None:
+    """Raises CorpusError, naming `flag`, where `path` cannot be written. Its folder is made if it is missing."""
+    temporary = _temporary(path)
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is a folder or a device")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "what should be its folder is a file" if is_file else error.strerror or error
+        raise CorpusError(f"{flag} {path}: cannot be written: {reason}".lstrip()) from None
+
+
+def _temporary(path: str | Path) -> Path:
+    return Path(f"{path}.tmp-{os.getpid()}")
 
 
 def split_ending(path: str) -> tuple[str, str]:
@@ -154,10 +188,12 @@ def reading(path: str) -> Iterator[None]:
 @contextmanager
 def writing(path: str | Path) -> Iterator[BinaryIO]:
     """A file for bytes, compressed by the ending of `path`; it is written beside its place and renamed on a clean
-    exit. The same bytes give the same file. After an exception nothing is left, and an old file stays."""
+    exit. The same bytes give the same file. After an exception nothing is left, and an old file stays.
+
+    Raises CorpusError where it cannot be written, for a full disk too."""
     compression = split_ending(os.fspath(path))[1]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    check_output(path)
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             if compression == ".gz":
@@ -169,6 +205,10 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
             else:
                 yield file
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, temporary):  # the caller's, of something else
+            raise
+        raise CorpusError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import decimal
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from types import NoneType
 from typing import Any, BinaryIO, cast
 
@@ -14,6 +15,7 @@ from megatron_lite.corpus.files import CorpusError, require
 
 BOM = b"\xef\xbb\xbf"
 _DEEPER = 2000  # levels of nesting more, so that the judge reads all that orjson does (1024)
+_KEYS_NAMED = 8  # of those that a record has, where the one asked for is missing
 _ORJSON_INTEGERS = 2.0**63  # whole numbers below minus this, or above twice it, come out of orjson as floats
 
 
@@ -151,10 +153,13 @@ _RAW = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_plai
 _ESCAPED = json.JSONEncoder(separators=(",", ":"), default=_plain_value)
 
 
-def text_under(content: dict[str, Any], key: str) -> str:
-    """The text under `key`. Raises ValueError where there is none, or one that is not Unicode."""
+def text_under(content: dict[str, Any], key: str, whole: bool = True) -> str:
+    """The text under `key`. Raises ValueError where there is none, or one that is not Unicode.
+
+    whole: `content` has all keys of the record, so that the message can name those there are
+    """
     if key not in content:
-        raise ValueError(f'no key "{key}"')
+        raise ValueError(f'no key "{key}"; {_keys(content)}' if whole else f'no key "{key}"')
     text = content[key]
     if not isinstance(text, str):
         raise ValueError(f'"{key}" is {"null" if text is None else f"a {type(text).__name__}"}, not a text')
@@ -163,6 +168,14 @@ def text_under(content: dict[str, Any], key: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f'"{key}" holds half a surrogate pair at character {error.start + 1}') from None
     return text
+
+
+def _keys(content: dict[str, Any]) -> str:
+    names = [f'"{name}"' for name in islice(content, _KEYS_NAMED)]
+    if not names:
+        return "the object is empty"
+    more = f" and {len(content) - len(names)} more" if len(content) > len(names) else ""
+    return f"there are {', '.join(names)}{more}" if len(content) > 1 else f"there is {names[0]}"
 
 
 def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:

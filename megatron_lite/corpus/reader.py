@@ -37,6 +37,7 @@ __all__ = [
     "Record",
     "RecordWriter",
     "expand_inputs",
+    "list_problems",
     "parse_chunk",
     "parse_records",
     "read_chunks",
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 CHUNK_BYTES = 8 << 20
+_LISTED = 10
 _CUT_SHORT = " (the last line, without a line end: is the file cut short?)"
 
 
@@ -57,6 +59,14 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.reason}"
+
+
+def list_problems(problems: Sequence[Problem]) -> str:
+    """The first of them, a line each, and how many more there are."""
+    lines = [str(problem) for problem in problems[:_LISTED]]
+    if len(problems) > _LISTED:
+        lines.append(f"... and {len(problems) - _LISTED:,} more")
+    return "\n".join(lines)
 
 
 class Record(NamedTuple):
@@ -126,11 +136,12 @@ def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> tuple[list[list[str]], lis
     """
     documents: list[list[str]] = []
     problems = []
+    whole = not isinstance(chunk.data, Rows)  # of those, only the columns asked for are read
     for line, content in _contents(chunk, keys[0], keys):
         try:
             if isinstance(content, ValueError):
                 raise content
-            documents.append([text_under(content, key) for key in keys])
+            documents.append([text_under(content, key, whole) for key in keys])
         except ValueError as error:
             problems.append(Problem(chunk.path, line, str(error)))
     return documents, problems

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import os
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from megatron_lite.corpus import CorpusError
 from megatron_lite.corpus.files import (
+    check_output,
     expand_inputs,
     format_of,
     open_input,
@@ -105,6 +107,61 @@ def test_a_folder_that_cannot_be_listed_is_named(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(CorpusError, match="Permission denied"):
         expand_inputs([folder])
+
+
+SIDE_FILES = (
+    "d.json",
+    "d.bin",
+    "d.idx",
+    "d-0-of-2.manifest.json",
+    "b.jsonl.report.json",
+    "d.journal.partial",
+    "b.jsonl.tmp-123",
+)
+
+
+@pytest.mark.parametrize("entry", ["sub", "sub/*", "s*"])
+def test_what_our_tools_write_is_passed_over_unless_it_is_named(folder: Path, entry: str) -> None:
+    before = names(folder, [entry])
+    for name in SIDE_FILES:
+        (folder / "sub" / name).write_text("{}")
+    assert names(folder, [entry]) == before
+    named = [f"sub/{name}" for name in SIDE_FILES]
+    assert names(folder, named) == named
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("sub", "a folder"), ("b.jsonl/x", "is a file"), ("b.jsonl/x/y", "is a file"), ("x" * 253, "too long")],
+)
+def test_what_cannot_be_written_is_named_with_its_flag(folder: Path, name: str, reason: str) -> None:
+    for check, flag in (
+        (lambda: check_output(folder / name, "--report"), "--report "),
+        (writing(folder / name).__enter__, ""),
+    ):
+        with pytest.raises(CorpusError, match=f"^{flag}{folder}/{name}: cannot be written: .*{reason}"):
+            check()
+
+
+def test_devices_are_not_replaced() -> None:
+    with pytest.raises(CorpusError, match=r"--output /dev/null: cannot be written: .* device"):
+        check_output("/dev/null", "--output")
+
+
+def test_checking_leaves_a_folder_and_no_file(tmp_path: Path) -> None:
+    check_output(tmp_path / "a" / "b" / "x")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CorpusError, match=f"{tmp_path}/x: cannot be written: No space"),
+        writing(tmp_path / "x"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError, match="other"), writing(tmp_path / "x"):
+        Path("other").read_bytes()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_among_the_inputs_is_refused(folder: Path) -> None:

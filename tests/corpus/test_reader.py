@@ -100,7 +100,7 @@ def test_bad_lines_are_numbered_and_blank_lines_are_nothing() -> None:
 
 def test_several_keys_are_several_texts() -> None:
     chunk = Chunk("f", 1, b'{"b": "2", "a": "1", "c": null}\n{"a": "3"}\n', "jsonl")
-    assert parse_chunk(chunk, ["a", "b"]) == ([["1", "2"]], [Problem("f", 2, 'no key "b"')])
+    assert parse_chunk(chunk, ["a", "b"]) == ([["1", "2"]], [Problem("f", 2, 'no key "b"; there is "a"')])
 
 
 def test_what_is_whole_but_no_object_is_not_called_cut_short() -> None:

@@ -1,8 +1,11 @@
 """tools/clean_corpus.py."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,57 @@ def test_exit_statuses(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "place", "message"),
+    [
+        ("--report", "x.jsonl", "x.jsonl: is among the inputs"),
+        ("--report", "x.jsonl/r", "--report {path}: cannot be written: what should be its folder is a file"),
+        ("--dropped", "x.jsonl/r", "--dropped {path}: cannot be written"),
+        ("--output", ".", "--output {path}: cannot be written: it is a folder"),
+        ("--report", "o.jsonl", "--report {path}: named for documents too"),
+    ],
+)
+def test_where_outputs_cannot_be_is_said_before_anything_is_written(
+    corpus: Path, capsys: pytest.CaptureFixture[str], flag: str, place: str, message: str
+) -> None:
+    before = corpus.read_text()
+    path = str(corpus.parent / place)
+    assert main(["--input", str(corpus), "--output", str(corpus.with_name("o.jsonl")), flag, path]) == 2
+    assert message.format(path=path) in capsys.readouterr().err
+    assert [entry.name for entry in corpus.parent.iterdir()] == ["x.jsonl"] and corpus.read_text() == before
+
+
+def test_a_second_run_does_not_read_what_the_first_wrote(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = corpus.parent.with_suffix(".json")
+    settings.write_text(json.dumps({"language": {"enabled": False}}))
+    out = corpus.with_name("o.jsonl")
+    arguments = ["--input", str(corpus.parent), "--output", str(out), "--settings", str(settings)]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert f"error: {out}: is among the inputs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interruption_is_one_line(corpus: Path, workers: str) -> None:
+    """Ctrl-C reaches all processes of the terminal."""
+    corpus.write_text(corpus.read_text() * 20_000)
+    settings = corpus.with_name("s.json")
+    settings.write_text(json.dumps({"language": {"enabled": False}}))
+    command = [sys.executable, "-m", "tools.clean_corpus", "--input", str(corpus), "--workers", workers]
+    command += ["--output", str(corpus.with_name("o.jsonl")), "--settings", str(settings)]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(corpus.parent.glob("o.jsonl.tmp-*")):
+        assert run.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    error = run.communicate(timeout=60)[1]
+    assert (error, run.returncode) == ("interrupted: nothing was written\n", 130)
+    assert sorted(entry.name for entry in corpus.parent.iterdir()) == ["s.json", "x.jsonl"]
 
 
 def test_it_starts_without_torch() -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
@@ -18,7 +16,16 @@ from megatron_lite.corpus.cleaning.report import Cleaned, CleanReport
 from megatron_lite.corpus.cleaning.rules import Outcome, build_rules, clean_document
 from megatron_lite.corpus.cleaning.settings import CleaningSettings
 from megatron_lite.corpus.files import expand_inputs, refuse_overwriting
-from megatron_lite.corpus.reader import Chunk, CorpusError, Problem, RecordWriter, parse_records, read_chunks
+from megatron_lite.corpus.reader import (
+    Chunk,
+    CorpusError,
+    Problem,
+    RecordWriter,
+    list_problems,
+    parse_records,
+    read_chunks,
+)
+from megatron_lite.corpus.workers import worker_processes
 
 logger = logging.getLogger(__name__)
 
@@ -61,24 +68,28 @@ def clean_corpus(
             results = stack.enter_context(closing(_in_processes(chunks, workers, arguments)))
         else:
             results = (cleaner(chunk) for chunk in chunks)
-        for document in (document for result in results for document in result):
-            if isinstance(document, Problem):
-                _reject(document, on_error)
-                report.reject(document)
-                continue
-            report.add(document)
-            if document.dropped is None:
-                writer.write(document.content)
-            elif dropped is not None:
-                dropped.write(document.content)
+        for result in results:
+            problems = [document for document in result if isinstance(document, Problem)]
+            _reject(problems, on_error)
+            for problem in problems:
+                report.reject(problem)
+            for document in result:
+                if isinstance(document, Problem):
+                    continue
+                report.add(document)
+                if document.dropped is None:
+                    writer.write(document.content)
+                elif dropped is not None:
+                    dropped.write(document.content)
     report.seconds = time.monotonic() - started
     return report
 
 
-def _reject(problem: Problem, on_error: str) -> None:
-    if on_error == "stop":
-        raise CorpusError(f"{problem} (--on-error skip leaves such records out)")
-    logger.warning("%s (left out)", problem)
+def _reject(problems: list[Problem], on_error: str) -> None:
+    if problems and on_error == "stop":
+        raise CorpusError(f"{list_problems(problems)} (--on-error skip leaves such records out)")
+    for problem in problems:
+        logger.warning("%s (left out)", problem)
 
 
 class _Cleaner:
@@ -133,17 +144,9 @@ def _in_processes(
     chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...]
 ) -> Generator[list[Cleaned | Problem]]:
     """`_Cleaner` over the chunks in their order, a bounded number of them in flight."""
-    context = multiprocessing.get_context("spawn")  # numpy keeps threads, which a fork would break
-    pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
     flight: deque[Future[list[Cleaned | Problem]]] = deque()
-    try:
+    with worker_processes(workers, _start_worker, arguments) as pool:
         flight.extend(pool.submit(_work, chunk) for chunk in islice(chunks, workers * _CHUNKS_PER_WORKER))
         while flight:
             yield flight.popleft().result()
             flight.extend(pool.submit(_work, chunk) for chunk in islice(chunks, 1))
-    except BrokenProcessPool:
-        raise CorpusError(
-            "a worker process ended unexpectedly, often for lack of memory: try fewer workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -123,3 +123,13 @@ def test_no_input_is_overwritten(tmp_path: Path) -> None:
         with pytest.raises(CorpusError, match=rf"{path}: is among the inputs"):
             clean_corpus([tmp_path], output, WORDS, dropped_output=dropped)
     assert read(path) == RECORDS
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_where_all_lines_are_bad_the_first_are_listed(tmp_path: Path, workers: int) -> None:
+    path = write(tmp_path / "x.jsonl", [{"body": "x"}] * 1234)
+    with pytest.raises(CorpusError) as caught:
+        clean_corpus([path], tmp_path / "o.jsonl", WORDS, workers=workers)
+    lines = str(caught.value).splitlines()
+    assert lines[9] == f'{path}:10: no key "text"; there is "body"'
+    assert lines[10:] == ["... and 1,224 more (--on-error skip leaves such records out)"]
