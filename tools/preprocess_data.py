@@ -131,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--restart", action="store_true", help="start anew where an interrupted run could be continued")
     add(
         "--shard",
-        type=Shard.parse,
+        type=shard_of,
         default=WHOLE,
         metavar="I/N",
         help="encode part I (from 0) of N, to PREFIX-I-of-N",
@@ -198,6 +198,13 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} is at least {least}")
     if options.keep_newlines and not options.split_sentences:
         parser.error("--keep-newlines is for --split-sentences; without it a document stays as it is")
+
+
+def shard_of(text: str) -> Shard:
+    try:
+        return Shard.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def settings_of(options: argparse.Namespace) -> EncodeSettings:

@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from megatron_lite.corpus.chunk_encoder import ChunkEncoder, Encoded, EncodeSettings
-from megatron_lite.corpus.files import CorpusError, expand_inputs
+from megatron_lite.corpus.files import CorpusError, check_output, expand_inputs
 from megatron_lite.corpus.journal import Journal
 from megatron_lite.corpus.progress import Progress
-from megatron_lite.corpus.reader import Chunk, Problem
+from megatron_lite.corpus.reader import Chunk, Problem, list_problems, parse_records
 from megatron_lite.corpus.shards import WHOLE, Part, Shard, read_parts, write_manifest
 from megatron_lite.corpus.workers import worker_processes
 from megatron_lite.data import DatasetError, IndexedDatasetWriter, WriterState, sidecar_of, write_sidecar
@@ -117,7 +117,7 @@ def encode_corpus(
     on_error: "stop" at a bad line, or "skip" it with a warning
     max_documents: take no more than the first so many
     shard: the part of the input to take, see `read_parts`; written to `shard.of(output_prefix)` with a manifest
-    restart: start anew where an interrupted run could be continued
+    restart: start anew where an interrupted run could be continued, or was another one
     journal_seconds: what an interruption loses at most
 
     Raises ValueError for bad input or settings; then nothing is written, and what stood there before is untouched.
@@ -137,7 +137,10 @@ def encode_corpus(
     encoder = ChunkEncoder(settings)
     prefix = shard.of(os.fspath(output_prefix))
     datasets = {key: f"{prefix}_{key}_{settings.level}" for key in settings.keys}
+    if os.path.basename(prefix) == "":
+        raise CorpusError(f"--output-prefix: {prefix!r} names no file: end it with the beginning of a name")
     for dataset in datasets.values():
+        check_output(f"{dataset}.bin", "--output-prefix")
         check_place(dataset)
     sizes = [stamp.st_size for stamp in stamps]
     workers = min(workers, 1 + sum(sizes) // chunk_bytes)  # more would have nothing to do
@@ -223,10 +226,13 @@ def _is_full(run: _Run, done: _Done) -> bool:
 def _write(
     run: _Run, encoded: Encoded, part: Part, writers: dict[str, IndexedDatasetWriter], done: _Done
 ) -> None:
-    _report(encoded.problems, run.on_error)
-    stats, documents = done.stats, encoded.documents
+    stats, documents, problems = done.stats, encoded.documents, encoded.problems
     if run.max_documents is not None:
-        documents = min(documents, run.max_documents - (stats.read - stats.rejected))
+        wanted = run.max_documents - (stats.read - stats.rejected)
+        if documents >= wanted:
+            documents = wanted
+            problems = _problems_before(wanted, part.chunk, problems, run.encoder.settings.keys[0])
+    _report(problems, run.on_error)
     for (key, writer), ids in zip(writers.items(), encoded.keys, strict=True):
         ids = ids.first(documents)
         writer.add_documents(*ids)
@@ -235,10 +241,18 @@ def _write(
         stats.keys[key] = KeyStats(
             before.written + written, before.empty + documents - written, before.tokens + len(ids.tokens)
         )
-    stats.read += documents + len(encoded.problems)
-    stats.rejected += len(encoded.problems)
+    stats.read += documents + len(problems)
+    stats.rejected += len(problems)
     stats.input_bytes += part.chunk.size
     done.file, done.chunks = part.file, part.number + 1
+
+
+def _problems_before(documents: int, chunk: Chunk, problems: list[Problem], key: str) -> list[Problem]:
+    """Those that stand before the last of the first so many documents of the chunk."""
+    bad = {problem.line for problem in problems}
+    good = (record.line for record in parse_records(chunk, key) if record.line not in bad)
+    last = next(islice(good, documents - 1, None))
+    return [problem for problem in problems if problem.line < last]
 
 
 def _save(journal: Journal, done: _Done, writers: dict[str, IndexedDatasetWriter], started: float) -> None:
@@ -249,7 +263,7 @@ def _save(journal: Journal, done: _Done, writers: dict[str, IndexedDatasetWriter
 
 def _report(problems: list[Problem], on_error: str) -> None:
     if problems and on_error == "stop":
-        raise CorpusError("\n".join(map(str, problems)))
+        raise CorpusError(list_problems(problems))
     for problem in problems:
         logger.warning("%s (left out)", problem)
 

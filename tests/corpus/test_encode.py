@@ -2,6 +2,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,50 @@ def test_the_first_documents_can_be_taken_alone(tmp_path: Path) -> None:
         dataset = IndexedDataset(tmp_path / "x_text_document")
         assert [bytes(s.tolist()).decode() for s in dataset] == [text for text in expected if text]
         assert stats.read == dataset.num_documents == len(expected)
+
+
+@pytest.mark.parametrize("chunk_bytes", [30, 1 << 20])
+def test_bad_lines_after_the_last_document_taken_do_not_count(tmp_path: Path, chunk_bytes: int) -> None:
+    path = tmp_path / "x.jsonl"
+    good = '{"text": "a", "title": "t"}\n'
+    path.write_text(good + "\n" + good * 2 + '{"text": "no title"}\n' + good + "bad\n" * 3)
+    settings = EncodeSettings("byte", ("text", "title"))
+    options: dict[str, Any] = {"chunk_bytes": chunk_bytes}
+    assert encode_corpus([path], tmp_path / "o", settings, max_documents=3, **options).rejected == 0
+    for wanted, rejected in ((3, 0), (4, 1), (5, 4)):
+        stats = encode_corpus(
+            [path], tmp_path / "o", settings, max_documents=wanted, on_error="skip", **options
+        )
+        assert (stats.rejected, stats.read - stats.rejected) == (rejected, min(wanted, 4))
+    with pytest.raises(CorpusError, match=r'x\.jsonl:5: no key "title"'):
+        encode_corpus([path], tmp_path / "o", settings, max_documents=4, **options)
+
+
+def test_of_many_bad_lines_the_first_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("bad\n" * 300)
+    with pytest.raises(CorpusError) as caught:
+        encode_corpus([path], tmp_path / "o", "byte")
+    lines = str(caught.value).splitlines()
+    assert (
+        len(lines) == 11 and lines[-1] == "... and 290 more" and lines[9].startswith(f"{path}:10: not JSON")
+    )
+
+
+@pytest.mark.parametrize(
+    ("prefix", "reason"),
+    [
+        ("x.jsonl/o", "--output-prefix .*x.jsonl/o_text_document.bin: cannot be written: "),
+        ("o/", "--output-prefix: '.*/o/' names no file"),
+    ],
+)
+def test_a_prefix_that_cannot_be_written_is_named(tmp_path: Path, prefix: str, reason: str) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["good"])
+    with pytest.raises(CorpusError, match=reason):
+        encode_corpus([path], f"{tmp_path}/{prefix}", "byte")
+    with pytest.raises(CorpusError, match="'' names no file"):
+        encode_corpus([path], "", "byte")
+    assert names(tmp_path) == ["x.jsonl"]
 
 
 def test_a_sidecar_says_how_it_was_made(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that is killed at any moment is continued by the same call, and ends with the same bytes."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -176,8 +177,37 @@ def test_what_is_done_is_not_done_again(
     assert files(tmp_path / "o" / "x") == files(tmp_path / "whole" / "x")
 
 
-@pytest.mark.parametrize("change", ["restart", "input", "settings", "damaged journal", "torn journal"])
-def test_a_change_starts_anew(
+@pytest.mark.parametrize("change", ["input", "another input", "settings"])
+def test_a_change_is_refused_unless_it_is_to_start_anew(
+    corpus: list[Path], tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tmp_path / "o" / "x"
+    interrupt(corpus, prefix, monkeypatch)
+    inputs, options, said = corpus, {}, ""
+    if change == "input":
+        os.utime(corpus[1], ns=(1, 1))
+        said = rf"inputs was \['{corpus[1]}', .* and is \['{corpus[1]}', \d+, 1\]\. "
+    elif change == "another input":
+        inputs, said = corpus[:1], rf"inputs was \['{corpus[1]}', .* and is None\. "
+    else:
+        options["max_documents"] = 1000
+        said = r"that differs: max_documents was None and is 1000\. .*--restart"
+    before = {path: path.read_bytes() for path in prefix.parent.iterdir()}
+    with pytest.raises(CorpusError, match=said):
+        run(inputs, prefix, **options)
+    assert before == {path: path.read_bytes() for path in prefix.parent.iterdir()}
+    run(inputs, prefix, **options, restart=True)
+    run(inputs, tmp_path / "whole" / "x")
+    assert files(prefix) == files(tmp_path / "whole" / "x")
+
+
+def test_a_run_that_has_done_nothing_yet_holds_nobody_up(tmp_path: Path) -> None:
+    Journal(tmp_path / "x", {"a": 1}).__exit__(None, None, None)
+    assert Journal(tmp_path / "x", {"a": 2}).last is None
+
+
+@pytest.mark.parametrize("change", ["restart", "damaged journal", "torn journal"])
+def test_what_cannot_go_on_starts_anew(
     corpus: list[Path], tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -187,10 +217,6 @@ def test_a_change_starts_anew(
     options: dict[str, Any] = {}
     if change == "restart":
         options["restart"] = True
-    elif change == "input":
-        os.utime(corpus[1], ns=(1, 1))
-    elif change == "settings":
-        options["max_documents"] = 1000
     elif change == "damaged journal":
         journal.write_bytes(b"{\n" + journal.read_bytes())
     else:
@@ -201,10 +227,7 @@ def test_a_change_starts_anew(
     calls.clear()
     run(corpus, tmp_path / "whole" / "x")
     assert anew == len(calls) and files(prefix) == files(tmp_path / "whole" / "x")
-    said = {"input": "other inputs", "settings": "other settings", "damaged journal": "damaged"}.get(
-        change, ""
-    )
-    assert said in caplog.text
+    assert ("damaged" in caplog.text) == (change == "damaged journal")
 
 
 def test_what_a_kill_tears_and_what_was_another_run_do_not_count(
@@ -215,7 +238,7 @@ def test_what_a_kill_tears_and_what_was_another_run_do_not_count(
     run(corpus, whole)
     chunks = len(calls)
     interrupt(corpus, prefix, monkeypatch, max_documents=1000)
-    interrupt(corpus, prefix, monkeypatch)
+    interrupt(corpus, prefix, monkeypatch, restart=True)
     with open(tmp_path / "o" / "x.journal.partial", "ab") as file:
         file.write(b'{"file": 1, "chu')
     caplog.clear()
@@ -245,6 +268,24 @@ def test_two_runs_do_not_write_at_once(corpus: list[Path], tmp_path: Path) -> No
     journal.remove()
     run(corpus, tmp_path / "x")
     assert read_sidecar(tmp_path / "x_text_document") is not None
+
+
+def test_a_lock_on_a_file_that_is_gone_holds_nobody_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run ends between our open and our lock."""
+    lock, calls = fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        if not calls:
+            (tmp_path / "x.journal.partial").unlink()
+        calls.append(1)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Journal(tmp_path / "x", {"a": 1}), pytest.raises(CorpusError, match="another process is writing"):
+        Journal(tmp_path / "x", {"a": 1})
+    assert len(calls) == 3
 
 
 def test_the_first_documents_stay_the_first_after_an_interruption(

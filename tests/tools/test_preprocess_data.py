@@ -171,7 +171,7 @@ def test_megatrons_command_lines_write_what_ours_write(tmp_path: Path, gpt2: lis
         ("--tokenizer byte --keep-newlines", "for --split-sentences"),
         ("--tokenizer byte --special-tokens parse", "read no special tokens"),
         ("--tokenizer byte --encoder gigatoken", "byte-level BPE alone"),
-        ("--tokenizer byte --shard 2/2", "--shard"),
+        ("--tokenizer byte --shard 2/2", "--shard: 2/2: not I/N with I from 0 to N - 1"),
         ("--tokenizer byte --max-documents 0", "at least 1"),
     ],
 )

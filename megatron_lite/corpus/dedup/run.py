@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_lite.corpus.dedup.pieces import worker_pool
 from megatron_lite.corpus.dedup.state import KEPT, REJECTED, Corpus, save_json
-from megatron_lite.corpus.files import CorpusError, expand_inputs
+from megatron_lite.corpus.files import CorpusError, check_output, expand_inputs, refuse_overwriting
 
 _BLOCK = 1 << 20
 
@@ -56,9 +56,10 @@ def dedup_corpus(
     if workers < 1 or memory < 1:
         raise CorpusError("workers and memory must be at least 1")
     files = expand_inputs(inputs)
-    for path in (output, report):
-        if path is not None and Path(path).resolve() in {Path(file).resolve() for file in files}:
-            raise CorpusError(f"{path}: is among the inputs; write to another place")
+    outputs = {"--output": output} | ({} if report is None else {"--report": report})
+    refuse_overwriting(files, list(outputs.values()))
+    for flag, path in outputs.items():
+        check_output(path, flag)
     with workspace(Path(output)) as folder, worker_pool(workers) as pool:
         corpus = Corpus(
             files,

@@ -19,7 +19,7 @@ from megatron_lite.corpus.dedup.pieces import Entry, Piece, cut, entries, in_ord
 from megatron_lite.corpus.dedup.runs import Run
 from megatron_lite.corpus.files import CorpusError, writing
 from megatron_lite.corpus.json_lines import BOM, parse_line
-from megatron_lite.corpus.reader import Problem, record_line
+from megatron_lite.corpus.reader import Problem, list_problems, record_line
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ KEPT, BLANK, REJECTED = 0, 1, 2  # verdicts; rule number i of a run drops with F
 FIRST_RULE = 3
 EXAMPLES = 5  # a rule, in the report
 EXCERPT = 200  # characters
-_NAMED = 10  # bad lines in one error
 _BLOCK = 1 << 20  # documents at once
 _RUN_BYTES = 160  # of memory a key while a run is sorted in a worker: digests, columns, order, copies
 
@@ -191,8 +190,7 @@ class Corpus:
         first = int(self._first_lines[number]) - 1
         found = [problem._replace(line=problem.line + first) for problem in problems]
         if found and self.on_error == "stop":
-            more = [f"and {len(found) - _NAMED} more like these"] if len(found) > _NAMED else []
-            raise CorpusError("\n".join([*map(str, found[:_NAMED]), *more]))
+            raise CorpusError(list_problems(found))
         for problem in found:
             logger.warning("%s (left out)", problem)
 

@@ -148,6 +148,17 @@ def test_an_output_among_the_inputs_is_refused(tmp_path: Path) -> None:
     assert path.read_text()
 
 
+def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", ["a"])
+    (tmp_path / "folder").mkdir()
+    for report in (tmp_path / "folder", path / "report.json"):
+        with pytest.raises(CorpusError, match=f"--report {report}: cannot be written: "):
+            dedup_corpus([path], tmp_path / "o.jsonl", [Exact()], report=report)
+    with pytest.raises(CorpusError, match=r"--output .*x\.jsonl/o\.jsonl: cannot be written: "):
+        dedup_corpus([path], path / "o.jsonl", [Exact()])
+    assert sorted(os.listdir(tmp_path)) == ["folder", "x.jsonl"]
+
+
 def test_no_rule_and_bad_numbers_are_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", ["a"])
     for rules, numbers in (([], {}), ([Exact()], {"workers": 0}), ([Exact()], {"memory": 0})):
