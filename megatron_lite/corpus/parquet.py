@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_lite.corpus.files import CorpusError, reading, require
@@ -13,6 +16,10 @@ _MAX_ROWS = (
     1 << 16
 )  # of one range: repeated texts may be stored once, so that the bytes on disk promise little
 _BUFFER = 1 << 20  # bytes of a column held at once, instead of the whole of it
+_PASSES = 4  # row groups that threads are in at once
+_EARLY_BYTES = (
+    16 << 20
+)  # of rows that a later range may ask for, in each of them: threads overtake each other
 
 
 class Rows(NamedTuple):
@@ -41,46 +48,90 @@ def row_ranges(path: str, range_bytes: int) -> Iterator[tuple[int, Rows]]:
 def read_rows(path: str, rows: Rows, columns: Sequence[str] | None) -> Iterator[dict[str, Any] | ValueError]:
     """The rows of a range, each with `columns` (None: all; absent ones are absent); for a row that cannot be read, why.
 
-    Memory holds one range. A row group can only be decoded from its start, so the pass over a large one is kept from
-    range to range as long as they come in order.
+    A row group can only be decoded from its start, so passes over the last few are kept from range to range, for all
+    threads, with the rows that came before they were asked for: ranges may come about in order, or with gaps.
     """
-    global _kept
     status = os.stat(path)
     key = (path, status.st_mtime_ns, status.st_size, rows.group, columns and tuple(columns))
-    found, _kept = _kept, None
-    if found is None or found.key != key or found.position > rows.start:
-        found = _Pass(key, _batches(path, rows, columns))
-    for batch in found.take(rows.start, rows.stop):
+
+    def begin() -> _Pass:
+        return _Pass(path, _batches(path, rows, columns))
+
+    with _lock:
+        kept = _passes.get(key) or begin()
+        _keep(key, kept)
+    try:
+        found = kept.take(rows.start, rows.stop)
+        if found is None:
+            kept = begin()
+            found = kept.take(rows.start, rows.stop)
+            with _lock:
+                _keep(key, kept)
+    except BaseException:  # it cannot go on
+        with _lock:
+            _passes.pop(key, None)
+        raise
+    for batch in found or []:
         yield from _rows_of(batch)
-    _kept = found
 
 
 class _Pass:
-    """A row group being decoded: the batches to come, and the row they begin with."""
+    """A row group being decoded, by one thread at a time."""
 
-    def __init__(self, key: tuple[Any, ...], batches: Iterator[Any]) -> None:
-        self.key = key
-        self.position = 0
-        self._batches = batches
-        self._rest: Any = None
+    def __init__(self, path: str, batches: Iterator[Any]) -> None:
+        self._path, self._batches = path, batches
+        self._lock = threading.Lock()
+        self._position = 0  # rows decoded
+        self._early: deque[_Early] = deque()
 
-    def take(self, start: int, stop: int) -> Iterator[Any]:
-        """The rows from `start` up to `stop`, in batches; those before are passed over."""
-        while self.position < stop:
-            batch = self._rest if self._rest is not None else next(self._batches, None)
-            self._rest = None
-            if batch is None:
-                raise CorpusError(f"{self.key[0]}: cannot be read: fewer rows than its footer says")
-            if self.position + len(batch) > stop:
-                self._rest = batch.slice(stop - self.position)
-                batch = batch.slice(0, stop - self.position)
-            skipped = min(max(start - self.position, 0), len(batch))
-            self.position += len(batch)
-            if skipped < len(batch):
-                yield batch.slice(skipped)
+    def take(self, start: int, stop: int) -> list[Any] | None:
+        """The rows from `start` up to `stop`, in batches; None where they are gone."""
+        with self._lock:
+            found = []
+            for early in list(self._early):
+                part = _overlap(early.first, early.batch, start, stop)
+                found.append(part)
+                early.left -= len(part)
+                if early.left <= 0:
+                    self._early.remove(early)
+            while self._position < stop:
+                batch = next(self._batches, None)
+                if batch is None:
+                    raise CorpusError(f"{self._path}: cannot be read: fewer rows than its footer says")
+                first, self._position = self._position, self._position + len(batch)
+                part = _overlap(first, batch, start, stop)
+                found.append(part)
+                if len(part) < len(batch):
+                    self._early.append(_Early(first, batch, len(batch) - len(part)))
+            while sum(early.batch.nbytes for early in self._early) > _EARLY_BYTES and len(self._early) > 1:
+                self._early.popleft()
+        return found if sum(map(len, found)) == stop - start else None
 
 
-_kept: _Pass | None = None
+@dataclass(eq=False)
+class _Early:
+    """A batch, from row `first` on, with so many rows `left` that nobody has asked for."""
+
+    first: int
+    batch: Any
+    left: int
+
+
+def _overlap(first: int, batch: Any, start: int, stop: int) -> Any:
+    """The rows of a batch, which begins with row `first`, that lie from `start` up to `stop`."""
+    low = min(max(start - first, 0), len(batch))
+    return batch.slice(low, max(min(stop - first, len(batch)) - low, 0))
+
+
+_passes: dict[tuple[Any, ...], _Pass] = {}  # the one used last comes last
+_lock = threading.Lock()
+
+
+def _keep(key: tuple[Any, ...], kept: _Pass) -> None:
+    _passes.pop(key, None)
+    _passes[key] = kept
+    while len(_passes) > _PASSES:
+        del _passes[next(iter(_passes))]
 
 
 def _batches(path: str, rows: Rows, columns: Sequence[str] | None) -> Iterator[Any]:

@@ -1,12 +1,15 @@
 import datetime
 import decimal
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_lite.corpus import CorpusError
+from megatron_lite.corpus import CorpusError, parquet
 from megatron_lite.corpus.reader import Problem, RecordWriter, parse_chunk, read_chunks, read_records
 
 pa = pytest.importorskip("pyarrow")
@@ -52,6 +55,36 @@ def test_ranges_of_a_large_row_group_are_read_in_one_pass(tmp_path: Path) -> Non
     assert parse_chunk(chunks[1], ["text"])[0] == [
         [text] for text in TEXTS[::-1][firsts[1] - 1 : firsts[2] - 1]
     ]
+
+
+@pytest.mark.parametrize("group", [100, 450, 1000])
+def test_ranges_that_overtake_each_other_are_decoded_once(
+    tmp_path: Path, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As threads take them: each a little earlier or later than its place, also where two row groups meet."""
+    path = write(tmp_path / "x.parquet", {"text": TEXTS}, use_dictionary=False, row_group_size=group)
+    decoded, batches = [], parquet._batches
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        for batch in batches(*arguments):
+            decoded.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(parquet, "_batches", counted)
+    chunks = list(read_chunks([path], 500))
+    assert len(chunks) > 20
+    draw = random.Random(3)
+    found = {}
+    for number in sorted(range(len(chunks)), key=lambda number: number + draw.uniform(0, 6)):
+        found[number] = parse_chunk(chunks[number], ["text"])[0]
+    assert [row for number in range(len(chunks)) for row in found[number]] == [[text] for text in TEXTS]
+    assert sum(decoded) == 1000
+
+    with ThreadPoolExecutor(8) as pool:
+        again = [
+            row for rows, _ in pool.map(lambda chunk: parse_chunk(chunk, ["text"]), chunks) for row in rows
+        ]
+    assert again == [[text] for text in TEXTS]
 
 
 def test_several_keys_are_columns_in_the_order_asked(tmp_path: Path) -> None:
