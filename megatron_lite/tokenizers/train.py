@@ -7,8 +7,10 @@ their names in a text are letters as any others.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -53,31 +55,47 @@ def train_tokenizer(
     assert path is not None
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     texts = _not_empty(texts)
-    if kind == "char":
-        characters = _characters(texts, vocab_size, special_tokens)
-        char = CharTokenizer(characters, special_tokens=special_tokens)
-        char.save(path)
-        trained = Trained(f"char:{path}", char.special_ids)
-    elif kind == "word":
-        most = None if vocab_size is None else vocab_size - 2 - len(special_tokens)
-        word = WordTokenizer(WordTokenizer.train(texts, most).tokens, special_tokens=special_tokens)
-        word.save(path)
-        trained = Trained(f"word:{path}", word.special_ids)
-    elif kind == "bpe":
-        assert vocab_size is not None
-        train_bpe(texts, vocab_size, path, special_tokens)
-        trained = Trained(f"hf:{path}", {name: 1 + i for i, name in enumerate(special_tokens)})
-    else:
-        assert vocab_size is not None
-        model = kind.removeprefix("sentencepiece-")
-        train_sentencepiece(texts, model, vocab_size, path, special_tokens, lines)
-        trained = Trained(f"sentencepiece:{path}", {name: 2 + i for i, name in enumerate(special_tokens)})
+    with _written_beside(path) as place:
+        if kind == "char":
+            characters = _characters(texts, vocab_size, special_tokens)
+            char = CharTokenizer(characters, special_tokens=special_tokens)
+            char.save(place)
+            trained = Trained(f"char:{path}", char.special_ids)
+        elif kind == "word":
+            most = None if vocab_size is None else vocab_size - 2 - len(special_tokens)
+            word = WordTokenizer(WordTokenizer.train(texts, most).tokens, special_tokens=special_tokens)
+            word.save(place)
+            trained = Trained(f"word:{path}", word.special_ids)
+        elif kind == "bpe":
+            assert vocab_size is not None
+            train_bpe(texts, vocab_size, place, special_tokens)
+            trained = Trained(f"hf:{path}", {name: 1 + i for i, name in enumerate(special_tokens)})
+        else:
+            assert vocab_size is not None
+            model = kind.removeprefix("sentencepiece-")
+            train_sentencepiece(texts, model, vocab_size, place, special_tokens, lines)
+            trained = Trained(f"sentencepiece:{path}", {name: 2 + i for i, name in enumerate(special_tokens)})
     entries = load_tokenizer(trained.spec).vocab_size
     if vocab_size is not None and entries < vocab_size:
         logger.warning(
             "the corpus gives only %s of the %s entries asked for", f"{entries:,}", f"{vocab_size:,}"
         )
     return trained
+
+
+@contextmanager
+def _written_beside(path: str | Path) -> Iterator[Path]:
+    """Where to write what shall be `path`: it is there whole, or what was there before is untouched."""
+    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, temporary):  # of what `texts` reads
+            raise
+        raise TokenizerError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_settings(
@@ -139,7 +157,8 @@ def train_bpe(
     )
     tokenizer.train_from_iterator(texts, trainer)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path))
+    # (Tokenizer.save raises bare Exceptions where it cannot write.)
+    Path(path).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def _characters(texts: Iterable[str], vocab_size: int | None, special_tokens: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Training every kind of tokenizer, byte-level BPE first."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,3 +167,20 @@ def test_missing_sentencepiece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(TokenizerError, match="sentencepiece"):
         train_tokenizer("sentencepiece-bpe", TEXTS, tmp_path / "t", 300)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_file_is_there_whole_or_not_at_all(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *arguments: object, **options: object) -> None:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    for name in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, name, full)
+    with pytest.raises(TokenizerError, match=f"^{path}: cannot be written: No space left"):
+        train_tokenizer(kind, iter(TEXTS), path, SIZES[kind])
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

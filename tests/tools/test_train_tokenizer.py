@@ -1,14 +1,17 @@
 """tools/train_tokenizer.py."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_lite.tokenizers import load_tokenizer
-from tools.train_tokenizer import main
+from tools.train_tokenizer import files_of, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,6 +91,66 @@ def test_exit_statuses(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
+
+
+def test_no_input_is_overwritten(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other, vocabulary = corpus.with_name("other.txt"), corpus.with_name("c.json")
+    other.write_text("the bag")
+    start = ["--input", str(corpus), "--kind", "char", "--output"]
+    assert main([*start, str(vocabulary)]) == 0
+    for path, more in (
+        (corpus, []),
+        (other, ["--held-out", str(other)]),
+        (vocabulary, ["--compare", f"char:{vocabulary}"]),
+        (vocabulary, ["--compare", str(vocabulary)]),
+    ):
+        before = path.read_bytes()
+        assert main([*start, str(path), *more]) == 2
+        assert (
+            f"error: {path}: is among the inputs" in capsys.readouterr().err and path.read_bytes() == before
+        )
+    assert main([*start, str(vocabulary)]) == 0, "an old result is replaced"
+
+
+def test_the_files_of_a_tokenizer(tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt", "hf/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    both = [tmp_path / "vocab.json", tmp_path / "merges.txt"]
+    assert files_of("byte") == []
+    assert files_of(f"hf:{tmp_path}/hf") == files_of(f"{tmp_path}/hf") == [tmp_path / "hf" / "tokenizer.json"]
+    assert files_of(f"gpt2:{tmp_path}") == files_of(str(tmp_path)) == both
+
+
+def test_an_output_that_cannot_be_written_is_named_before_training(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(corpus, "a") as file:
+        file.write("{\n")  # training would stop here
+    for kind in ("char", "word", "bpe", "sentencepiece-bpe"):
+        path = corpus / "o.json"
+        assert main(f"--input {corpus} --kind {kind} --vocab-size 300 --output {path}".split()) == 2
+        assert capsys.readouterr().err.startswith(
+            f"error: --output {path}: cannot be written: what should be"
+        )
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece-unigram"])
+def test_an_interruption_is_one_line_and_does_not_wait_for_a_library(tmp_path: Path, kind: str) -> None:
+    """Ctrl-C reaches all processes of the terminal."""
+    source, out = tmp_path / "x.txt", tmp_path / "new" / "o"
+    source.write_text(" ".join(f"{number * 7919 % 1_000_003:x}" for number in range(500_000)))
+    command = [sys.executable, "-m", "tools.train_tokenizer", "--input", str(source), "--kind", kind]
+    command += ["--vocab-size", "30000", "--output", str(out), "--held-out-share", "0"]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not out.parent.exists():  # made before training
+        assert run.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGINT)
+    error = run.communicate(timeout=60)[1]
+    assert (error, run.returncode) == ("interrupted: nothing was written\n", 130)
+    assert list(out.parent.iterdir()) == []
 
 
 def test_it_starts_without_torch() -> None:
