@@ -17,9 +17,7 @@ _MAX_ROWS = (
 )  # of one range: repeated texts may be stored once, so that the bytes on disk promise little
 _BUFFER = 1 << 20  # bytes of a column held at once, instead of the whole of it
 _PASSES = 4  # row groups that threads are in at once
-_EARLY_BYTES = (
-    16 << 20
-)  # of rows that a later range may ask for, in each of them: threads overtake each other
+_EARLY_BYTES = 16 << 20  # of rows that a later range may ask for, in each: threads overtake each other
 
 
 class Rows(NamedTuple):

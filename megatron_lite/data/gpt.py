@@ -122,12 +122,16 @@ class GPTDataset:
         )
 
         if packing == "best_fit" and len(arrays["starts"]):
-            self._log_packing(*arrays["report"].tolist())
+            what = "pieces of what is left of the epoch" if before else "documents of an epoch"
+            self._log_packing(what, *arrays["report"].tolist())
 
-    def _log_packing(self, documents: int, cut: int, joined: int, tokens: int, padding: int) -> None:
+    def _log_packing(
+        self, what: str, documents: int, cut: int, joined: int, tokens: int, padding: int
+    ) -> None:
         logger.info(
-            "%s of %s: packing cuts %d of an epoch's %d documents (joined end to end: %d) and pads %.2f%%",
-            *(self.name, self.indexed.prefix, cut, documents, joined, 100 * padding / (tokens + padding)),
+            "%s of %s: of %d %s packing cuts %d (joined end to end: %d) and pads %.2f%%",
+            *(self.name, self.indexed.prefix, documents, what),
+            *(cut, joined, 100 * padding / (tokens + padding)),
         )
 
     def _check(self, num_samples: int | None) -> None:

@@ -121,10 +121,9 @@ def continued(new: Position, saved: dict[str, Any], consumed: int) -> Position:
         return old._replace(samples=new.samples, sources=tuple(renamed))
     if "megatron" in (old.order, new.order):
         raise DatasetError(
-            f"{_difference(old, new)} since the checkpoint, but data.order was {old.order} and is {new.order}: "
-            "Megatron's order of samples is a function of the whole run, so nothing can be changed within one "
-            "without repeating and losing documents. Set it back, begin another run from the weights alone "
-            '(checkpoint.weights_only), or take data.order "epoch" from the start'
+            f"{_difference(old, new)}: with data.order megatron the samples' order is a function of the whole run, so "
+            "nothing can be changed within one without repeating and losing documents. Set it back, begin another run "
+            'from the weights alone (checkpoint.weights_only), or take data.order "epoch" from the start'
         )
     sources = []
     for source, number in zip(new.sources, matched, strict=True):
@@ -179,4 +178,4 @@ def _difference(old: Position, new: Position) -> str:
         )
         if before != now
     ]
-    return "; ".join(changed) or "the mixture of data.train changed"
+    return "; ".join(changed) or "the mixture of data.train is another one than the checkpoint's"

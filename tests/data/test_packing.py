@@ -7,6 +7,7 @@ import pytest
 
 from megatron_lite.config import DataConfig
 from megatron_lite.data import DataLoader, GPTDataset, IndexedDataset, _index, build_datasets
+from megatron_lite.data.rest import Taken
 from megatron_lite.data.sample_index import NO_SPANS, Tokens, packed_order
 
 from .conftest import MakePrefix
@@ -145,8 +146,13 @@ def test_what_it_saves_is_said(
         with caplog.at_level(logging.INFO):
             build_datasets(config, 8, 1, 7)
         assert (
-            "packing cuts 0 of an epoch's 4 documents (joined end to end: 2) and pads 25.00%" in caplog.text
+            "of 4 documents of an epoch packing cuts 0 (joined end to end: 2) and pads 25.00%" in caplog.text
         )
+    caplog.clear()
+    indexed = IndexedDataset(make_prefix([6, 6, 6, 6]))
+    with caplog.at_level(logging.INFO):
+        GPTDataset(indexed, range(4), None, 8, 1, packing="best_fit", history=[Taken(4, "concat", 2)])
+    assert "of 3 pieces of what is left of the epoch packing cuts 0 (" in caplog.text
 
 
 @pytest.mark.parametrize("number", range(20))

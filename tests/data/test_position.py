@@ -308,8 +308,9 @@ def test_megatrons_order_cannot_change_within_a_run(
         "mixture": {"train": [[1, a], [1, b]]},
         "order": {"order": "epoch"},
     }[change]
-    with pytest.raises(DatasetError, match="Megatron's order of samples is a function of the whole run"):
+    with pytest.raises(DatasetError, match="the samples' order is a function of the whole run") as error:
         build_run(run.config(20, 4, **settings), run.step, run.consumed, run.saved)
+    assert str(error.value).count("data.order was megatron and is epoch") == (change == "order")
 
 
 def test_megatrons_order_of_another_length_gives_a_warning(
