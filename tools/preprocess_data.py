@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of gigatoken's documents compare every N-th with the tokenizer's own library; 0: none (%(default)s)",
     )
-    add("--restart", action="store_true", help="start anew where an interrupted run could be continued")
+    add("--restart", action="store_true", help="give up what an interrupted run has done")
     add(
         "--shard",
         type=shard_of,

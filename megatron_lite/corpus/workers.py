@@ -44,11 +44,14 @@ def worker_processes(
 @contextmanager
 def one_interrupt() -> Iterator[None]:
     """The first Ctrl-C is a KeyboardInterrupt; further ones do not disturb the clearing up (`timeout -s INT` sends two,
-    and so do people). For command lines: signals are the whole process's. One that ignores Ctrl-C goes on ignoring it.
+    and so do people) nor the end of the process, which is for command lines. One that ignores Ctrl-C goes on so.
     """
     before = signal.getsignal(signal.SIGINT)
+    came = False
 
     def interrupt(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
@@ -57,17 +60,34 @@ def one_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if not came:
+            signal.signal(signal.SIGINT, before)
 
 
 class _Pool(ProcessPoolExecutor):
     def submit(self, *arguments: Any, **options: Any) -> Future[Any]:
-        """Processes are started here, and inherit that SIGINT is blocked: no moment of their start is without it."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        """Processes are started here: Ctrl-C waits, and they inherit that it is blocked, from their first moment on."""
+        with _no_interrupt():
             return super().submit(*arguments, **options)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C comes at the end. (Blocked, it comes to another thread, of numpy's say, and from there to Python.)"""
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    noted = threading.current_thread() is threading.main_thread() and before is not None
+    if noted:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if noted:
+            signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _kill(pool: _Pool) -> None:

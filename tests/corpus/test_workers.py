@@ -70,11 +70,15 @@ def test_what_ignores_interrupts_goes_on_doing_so() -> None:
     try:
         with one_interrupt():
             signal.raise_signal(signal.SIGINT)
+        signal.signal(signal.SIGINT, before)
+        with one_interrupt():
+            pass
+        assert signal.getsignal(signal.SIGINT) is before
+        with pytest.raises(KeyboardInterrupt), one_interrupt():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # while the command ends
     finally:
         signal.signal(signal.SIGINT, before)
-    with pytest.raises(KeyboardInterrupt), one_interrupt():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        finally:
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before

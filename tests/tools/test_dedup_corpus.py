@@ -1,8 +1,14 @@
 """The command line of tools/dedup_corpus.py: options to rules, what is printed, exit status."""
 
 import json
+import os
 import runpy
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,6 +52,41 @@ def test_counts_are_printed_and_reported(tmp_path: Path, capsys: pytest.CaptureF
     report = json.loads((tmp_path / "out" / "y.jsonl.report.json").read_text())
     assert report["documents"] == {"read": 3, "kept": 2, "dropped": 1, "rejected": 0}
     assert report["rules"][0]["examples"][0]["kept"] == f"{path}:1"
+
+
+def test_interrupts_leave_nothing_and_nobody(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "x.jsonl", *(f"document {number} has words of its own" for number in range(100_000))
+    )
+    root = Path(__file__).resolve().parents[2]
+    command = [
+        sys.executable,
+        str(root / "tools" / "dedup_corpus.py"),
+        "--input",
+        path,
+        "--output",
+        "o.jsonl",
+    ]
+    with subprocess.Popen(
+        [*command, "--minhash", "--workers", "2"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        try:
+            while not list(tmp_path.glob(".o.jsonl.dedup/run-*/verdict.bin")):
+                assert process.poll() is None
+                time.sleep(0.01)
+            for _ in range(2):
+                os.killpg(process.pid, signal.SIGINT)
+            said, _ = process.communicate(timeout=60)  # the workers hold the pipe open
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (said, process.returncode) == (b"interrupted: nothing is written\n", 130)
+    assert os.listdir(tmp_path) == ["x.jsonl"]
 
 
 def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
