@@ -131,7 +131,9 @@ def test_bf16_prints_nothing_of_deepspeed(prefix: str, tmp_path: Path) -> None:
     arguments = words(prefix, tmp_path, "train.steps=1", "train.precision=bf16")
     out = ok(run_command([*arguments, "--set", "parallel.pipeline=2"], ranks=2))
     assert "Virtual Memory" not in out and "DeepSpeed" not in out
-    assert len([line for line in out.splitlines() if "kernels: " not in line]) == 6
+    # Which kernels serve depends on the machine, what indices are built on the tests before.
+    lines = [line for line in out.splitlines() if "kernels: " not in line and ": built in " not in line]
+    assert len(lines) == 6
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

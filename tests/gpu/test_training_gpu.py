@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_lite.data.indexed import IndexedDatasetWriter
+from megatron_lite.data import IndexedDatasetWriter
 
 pytestmark = [
     pytest.mark.gpu,

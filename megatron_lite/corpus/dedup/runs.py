@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 Keys = NDArray[np.uint64]  # [n, 2]; the first column is spread evenly over all 64 bits
 Positions = NDArray[np.int64]
 
-MERGE_BYTES = 136  # of memory a key while a range is merged: three columns, their copies, order and comparison
+MERGE_BYTES = (
+    136  # of memory a key while a range is merged: three columns, their copies, order and comparison
+)
 
 
 class Run(NamedTuple):
