@@ -122,27 +122,9 @@ def get_batch(prefix: str, seq_length: int) -> Callable[[], int]:
 def megatron(prefix: str, seq_length: int) -> Callable[[], int]:
     """Megatron-core's GPTDataset in training order, collated as torch's DataLoader does, in this process."""
     import torch
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from loader import megatron_dataset
 
-    class Tokenizer:
-        unique_identifiers = {"class": "none"}  # noqa: RUF012
-        pad = eod = 50256
-        vocab_size = 50257
-
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=seq_length,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        tokenizer=Tokenizer(),
-        blend=([prefix], None),
-        split="1",
-        mid_level_dataset_surplus=0.005,
-    )
-    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [100_000, 0, 0], lambda: True, config).build()[0]
+    dataset = megatron_dataset(Path(prefix), seq_length, 100_000)
     place = 0
 
     def read() -> int:
@@ -183,16 +165,9 @@ def our_index(sizes: Any, seq_length: int, epochs: int) -> int:
 
 def megatron_index(sizes: Any, seq_length: int, epochs: int) -> int:
     """GPTDataset's three arrays, with its own functions."""
-    import numpy as np
-    from megatron.core.datasets import helpers
-    from megatron.core.datasets.gpt_dataset import _build_document_index, _build_shuffle_index
+    from loader import megatrons_own
 
-    random = np.random.RandomState(1)
-    documents = _build_document_index(np.arange(len(sizes), dtype=np.int32), epochs, random, False)
-    tokens = int(sizes.sum(dtype="int64"))
-    starts = helpers.build_sample_idx(sizes, documents, seq_length, epochs, tokens, True, 1)
-    shuffled = _build_shuffle_index(len(starts) - 1, len(starts) - 1, random)
-    return int(documents.nbytes + starts.nbytes + shuffled.nbytes)
+    return sum(array.nbytes for array in megatrons_own(sizes, seq_length, epochs).values())
 
 
 INDICES = {"megatron_lite": our_index, "megatron-core": megatron_index}

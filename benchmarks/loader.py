@@ -99,7 +99,8 @@ def plain_copy(indexed: IndexedDataset, seq_length: int) -> Side:
     return read
 
 
-def megatron(prefix: Path, seq_length: int, samples: int) -> Side:
+def megatron_dataset(prefix: Path, seq_length: int, samples: int) -> Any:
+    """Megatron-core's GPTDataset over all of the files, in training order."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset as Theirs
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
@@ -118,7 +119,11 @@ def megatron(prefix: Path, seq_length: int, samples: int) -> Side:
         split="1,0,0",
         **flags,
     )
-    dataset = BlendedMegatronDatasetBuilder(Theirs, [samples, 0, 0], lambda: True, config).build()[0]
+    return BlendedMegatronDatasetBuilder(Theirs, [samples, 0, 0], lambda: True, config).build()[0]
+
+
+def megatron(prefix: Path, seq_length: int, samples: int) -> Side:
+    dataset = megatron_dataset(prefix, seq_length, samples)
     taken = 0
 
     def read(samples: int) -> None:
@@ -190,15 +195,15 @@ def spread(values: list[float], form: str) -> str:
     return f"{shown[0]} ({shown[1]} - {shown[2]})"
 
 
-def megatrons_own(lengths: np.ndarray, samples: int, seq_length: int) -> dict[str, np.ndarray]:
-    """What GPTDataset does to build its three arrays for two epochs, of which the second is not apart."""
+def megatrons_own(lengths: np.ndarray, seq_length: int, epochs: int = 2) -> dict[str, np.ndarray]:
+    """What GPTDataset does to build its three arrays for some epochs, of which the last is not apart."""
     from megatron.core.datasets import gpt_dataset, helpers
 
     random = np.random.RandomState(1)
     documents = np.arange(len(lengths), dtype=np.int32)
-    order = gpt_dataset._build_document_index(documents, 2, random, False)
+    order = gpt_dataset._build_document_index(documents, epochs, random, False)
     total = int(lengths.sum(dtype=np.int64))
-    starts = helpers.build_sample_idx(lengths.copy(), order, seq_length, 2, total, True, True)
+    starts = helpers.build_sample_idx(lengths, order, seq_length, epochs, total, True, True)
     count = len(starts) - 1
     return {
         "documents": order,
@@ -215,10 +220,10 @@ def build_one(name: str, tokens: int, seq_length: int) -> None:
     sides: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         "ours": lambda: epoch_order(source, samples, seq_length),
         "ours, Megatron's order": lambda: megatron_order(source, samples, seq_length),
-        "megatron-core": lambda: megatrons_own(lengths, samples, seq_length),
+        "megatron-core": lambda: megatrons_own(lengths, seq_length),
     }
     if name == "megatron-core":
-        megatrons_own(lengths[:100], 1, 8)  # imports
+        megatrons_own(lengths[:100], 8)  # imports
     page, base, peak, done = os.sysconf("SC_PAGE_SIZE"), 0, 0, threading.Event()
 
     def resident() -> int:
