@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_lite.corpus.clean import clean_text
+from megatron_lite.corpus.files import writing
 
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
 _MIN_CHARACTERS = 80  # shorter docstrings ("Return self.") say little
@@ -33,20 +34,14 @@ def write_python_docs(path: str | Path, library: str | Path | None = None) -> Do
     root = Path(library) if library is not None else Path(sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
     duplicates = characters = 0
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for source, text in python_docs(root):
-                if text in seen:
-                    duplicates += 1
-                    continue
-                seen.add(text)
-                characters += len(text)
-                file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path) as file:
+        for source, text in python_docs(root):
+            if text in seen:
+                duplicates += 1
+                continue
+            seen.add(text)
+            characters += len(text)
+            file.write((json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n").encode())
     return DocsStats(len(seen), duplicates, characters)
 
 
