@@ -6,12 +6,11 @@ import json
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +20,9 @@ from megatron_lite.corpus.chunk_encoder import ChunkEncoder, Encoded, EncodeSett
 from megatron_lite.corpus.files import CorpusError, check_output, expand_inputs
 from megatron_lite.corpus.journal import Journal
 from megatron_lite.corpus.progress import Progress
-from megatron_lite.corpus.reader import Chunk, Problem, list_problems, parse_records
+from megatron_lite.corpus.reader import Chunk, Problem, parse_records, reject
 from megatron_lite.corpus.shards import WHOLE, Part, Shard, read_parts, write_manifest
-from megatron_lite.corpus.workers import worker_processes
+from megatron_lite.corpus.workers import in_order, worker_processes
 from megatron_lite.data import DatasetError, IndexedDatasetWriter, WriterState, sidecar_of, write_sidecar
 from megatron_lite.data.sidecar import Checksums, check_place
 from megatron_lite.data.writer import publish
@@ -232,7 +231,7 @@ def _write(
         if documents >= wanted:
             documents = wanted
             problems = _problems_before(wanted, part.chunk, problems, run.encoder.settings.keys[0])
-    _report(problems, run.on_error)
+    reject(problems, run.on_error)
     for (key, writer), ids in zip(writers.items(), encoded.keys, strict=True):
         ids = ids.first(documents)
         writer.add_documents(*ids)
@@ -259,13 +258,6 @@ def _save(journal: Journal, done: _Done, writers: dict[str, IndexedDatasetWriter
     done.stats.seconds = time.monotonic() - started
     done.writers = {key: writer.sync() for key, writer in writers.items()}
     journal.add(asdict(done))
-
-
-def _report(problems: list[Problem], on_error: str) -> None:
-    if problems and on_error == "stop":
-        raise CorpusError(list_problems(problems))
-    for problem in problems:
-        logger.warning("%s (left out)", problem)
 
 
 def _publish(run: _Run, done: _Done) -> None:
@@ -318,32 +310,19 @@ def _work(chunk: Chunk) -> Encoded:
 
 def _encoded(run: _Run, parts: Iterator[Part]) -> Generator[tuple[Part, Encoded]]:
     """Every part encoded, in their order, a bounded number of them in flight."""
+    parts, ahead = tee(parts)
+    chunks = (part.chunk for part in ahead)
     if isinstance(run.encoder.tokenizer, GigatokenTokenizer):
         # Threads, not processes: memory and start of one. One thread more than encode at a time reads JSON meanwhile.
         run.encoder.tokenizer.allow(run.workers)
         threads = run.workers + 1
         pool = ThreadPoolExecutor(threads)
         try:
-            yield from _in_flight(pool, run.encoder, parts, threads)
+            yield from zip(parts, in_order(run.encoder, chunks, pool, threads * _PER_WORKER), strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
     elif run.workers > 1:
         with worker_processes(run.workers, _start_worker, (run.encoder.settings,)) as processes:
-            yield from _in_flight(processes, _work, parts, run.workers)
+            yield from zip(parts, in_order(_work, chunks, processes, run.workers * _PER_WORKER), strict=True)
     else:
-        yield from ((part, run.encoder(part.chunk)) for part in parts)
-
-
-def _in_flight(
-    pool: Executor, work: Any, parts: Iterator[Part], workers: int
-) -> Generator[tuple[Part, Encoded]]:
-    flight: deque[tuple[Part, Future[Encoded]]] = deque()
-
-    def submit(count: int) -> None:
-        flight.extend((part, pool.submit(work, part.chunk)) for part in islice(parts, count))
-
-    submit(workers * _PER_WORKER)
-    while flight:
-        part, future = flight.popleft()
-        yield part, future.result()
-        submit(1)
+        yield from zip(parts, in_order(run.encoder, chunks, None, 1), strict=True)

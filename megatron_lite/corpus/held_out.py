@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_lite.corpus.reader import CorpusError, Problem, read_records
+from megatron_lite.corpus.reader import SKIP_REMEDY, Problem, read_records, reject
 from megatron_lite.tokenizers.measure import Sample
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT_BYTES = 8_000_000
 
@@ -54,9 +51,7 @@ class TrainingTexts:
         """Every document. Raises CorpusError at a bad one, or leaves it out with a warning."""
         for record in read_records(self._inputs, self._text_key):
             if isinstance(record, Problem):
-                if self._on_error == "stop":
-                    raise CorpusError(f"{record} (--on-error skip leaves such records out)")
-                logger.warning("%s (left out)", record)
+                reject([record], self._on_error, SKIP_REMEDY)
                 self.rejected += 1
                 continue
             self.documents += 1

@@ -8,6 +8,7 @@ any other character.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -43,7 +44,12 @@ __all__ = [
     "read_chunks",
     "read_records",
     "record_line",
+    "reject",
 ]
+
+SKIP_REMEDY = " (--on-error skip leaves such records out)"
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 << 20
 _LISTED = 10
@@ -67,6 +73,14 @@ def list_problems(problems: Sequence[Problem]) -> str:
     if len(problems) > _LISTED:
         lines.append(f"... and {len(problems) - _LISTED:,} more")
     return "\n".join(lines)
+
+
+def reject(problems: Sequence[Problem], on_error: str, remedy: str = "") -> None:
+    """Raise CorpusError with the problems where `on_error` is "stop"; else warn of each that it is left out."""
+    if problems and on_error == "stop":
+        raise CorpusError(list_problems(problems) + remedy)
+    for problem in problems:
+        logger.warning("%s (left out)", problem)
 
 
 class Record(NamedTuple):

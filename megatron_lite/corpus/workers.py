@@ -6,11 +6,16 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -39,6 +44,27 @@ def worker_processes(
         _kill(pool)
         raise
     pool.shutdown()
+
+
+def in_order(
+    function: Callable[[Argument], Result],
+    arguments: Iterable[Argument],
+    pool: Executor | None,
+    at_once: int,
+) -> Generator[Result]:
+    """`function` over the arguments, in their order, by the pool (None: by this process).
+
+    at_once: how many are in flight; it bounds memory, and keeps every worker busy where it is more than there are
+    """
+    if pool is None:
+        yield from map(function, arguments)
+        return
+    waiting = iter(arguments)
+    flight: deque[Future[Result]] = deque()
+    flight.extend(pool.submit(function, item) for item in islice(waiting, at_once))
+    while flight:
+        yield flight.popleft().result()
+        flight.extend(pool.submit(function, item) for item in islice(waiting, 1))
 
 
 @contextmanager

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, closing
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_lite.corpus.cleaning.report import Cleaned, CleanReport
 from megatron_lite.corpus.cleaning.rules import Outcome, build_rules, clean_document
 from megatron_lite.corpus.cleaning.settings import CleaningSettings
-from megatron_lite.corpus.files import expand_inputs, refuse_overwriting
+from megatron_lite.corpus.files import CorpusError, expand_inputs, refuse_overwriting
 from megatron_lite.corpus.reader import (
+    SKIP_REMEDY,
     Chunk,
-    CorpusError,
     Problem,
     RecordWriter,
-    list_problems,
     parse_records,
     read_chunks,
+    reject,
 )
-from megatron_lite.corpus.workers import worker_processes
-
-logger = logging.getLogger(__name__)
+from megatron_lite.corpus.workers import in_order, worker_processes
 
 _CHUNK_BYTES = 1 << 20
 _CHUNKS_PER_WORKER = 4  # in flight: bounds memory while keeping every worker busy
@@ -70,7 +64,7 @@ def clean_corpus(
             results = (cleaner(chunk) for chunk in chunks)
         for result in results:
             problems = [document for document in result if isinstance(document, Problem)]
-            _reject(problems, on_error)
+            reject(problems, on_error, SKIP_REMEDY)
             for problem in problems:
                 report.reject(problem)
             for document in result:
@@ -83,13 +77,6 @@ def clean_corpus(
                     dropped.write(document.content)
     report.seconds = time.monotonic() - started
     return report
-
-
-def _reject(problems: list[Problem], on_error: str) -> None:
-    if problems and on_error == "stop":
-        raise CorpusError(f"{list_problems(problems)} (--on-error skip leaves such records out)")
-    for problem in problems:
-        logger.warning("%s (left out)", problem)
 
 
 class _Cleaner:
@@ -144,9 +131,5 @@ def _in_processes(
     chunks: Iterator[Chunk], workers: int, arguments: tuple[Any, ...]
 ) -> Generator[list[Cleaned | Problem]]:
     """`_Cleaner` over the chunks in their order, a bounded number of them in flight."""
-    flight: deque[Future[list[Cleaned | Problem]]] = deque()
     with worker_processes(workers, _start_worker, arguments) as pool:
-        flight.extend(pool.submit(_work, chunk) for chunk in islice(chunks, workers * _CHUNKS_PER_WORKER))
-        while flight:
-            yield flight.popleft().result()
-            flight.extend(pool.submit(_work, chunk) for chunk in islice(chunks, 1))
+        yield from in_order(_work, chunks, pool, workers * _CHUNKS_PER_WORKER)

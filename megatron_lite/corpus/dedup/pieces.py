@@ -7,13 +7,12 @@ pieces themselves: only names go to them and only results come back.
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +30,6 @@ from megatron_lite.corpus.workers import worker_processes
 
 PIECE_BYTES = 32 << 20
 _BLOCK_BYTES = 1 << 20
-_PIECES_PER_WORKER = 2  # in flight
-
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
 
 
 class Piece(NamedTuple):
@@ -140,21 +135,3 @@ def worker_pool(workers: int) -> Iterator[Executor | None]:
         return
     with worker_processes(workers, remedy="fewer workers or a lower --memory") as pool:
         yield pool
-
-
-def in_order(
-    function: Callable[[Argument], Result],
-    arguments: Iterable[Argument],
-    pool: Executor | None,
-    workers: int,
-) -> Iterator[Result]:
-    """`function` over the arguments, in their order, a bounded number of them at once."""
-    if pool is None:
-        yield from map(function, arguments)
-        return
-    waiting = iter(arguments)
-    flight: deque[Future[Result]] = deque()
-    flight.extend(pool.submit(function, item) for item in islice(waiting, workers * _PIECES_PER_WORKER))
-    while flight:
-        yield flight.popleft().result()
-        flight.extend(pool.submit(function, item) for item in islice(waiting, 1))

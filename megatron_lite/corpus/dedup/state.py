@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -15,13 +14,14 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lite.corpus.dedup.pieces import Entry, Piece, cut, entries, in_order, line_groups
+from megatron_lite.corpus.dedup.pieces import Entry, Piece, cut, entries, line_groups
 from megatron_lite.corpus.dedup.runs import Run
 from megatron_lite.corpus.files import CorpusError, writing
 from megatron_lite.corpus.json_lines import BOM, parse_line
-from megatron_lite.corpus.reader import Problem, list_problems, record_line
+from megatron_lite.corpus.reader import Problem, record_line, reject
+from megatron_lite.corpus.workers import in_order
 
-logger = logging.getLogger(__name__)
+_PER_WORKER = 2  # pieces in flight
 
 KEPT, BLANK, REJECTED = 0, 1, 2  # verdicts; rule number i of a run drops with FIRST_RULE + i
 FIRST_RULE = 3
@@ -168,7 +168,7 @@ class Corpus:
     def scan(self, collect: Callable[[Task, Texts], Result]) -> list[Result]:
         """`collect` of each piece, in the workers; it takes all texts and returns something small."""
         results = []
-        scanned = in_order(partial(_scan, collect), self._tasks(), self._pool, self.workers)
+        scanned = in_order(partial(_scan, collect), self._tasks(), self._pool, self.workers * _PER_WORKER)
         if self._read:
             return [item.result for item in scanned]
         with open(self._verdict_path(), "wb") as verdicts, open(self.folder / "sizes.bin", "wb") as sizes:
@@ -189,10 +189,7 @@ class Corpus:
     def _report(self, number: int, problems: list[Problem]) -> None:
         first = int(self._first_lines[number]) - 1
         found = [problem._replace(line=problem.line + first) for problem in problems]
-        if found and self.on_error == "stop":
-            raise CorpusError(list_problems(found))
-        for problem in found:
-            logger.warning("%s (left out)", problem)
+        reject(found, self.on_error)
 
     def drop(self, positions: NDArray[np.int64]) -> None:
         """Take documents out by the rule at work."""
@@ -234,7 +231,7 @@ class Corpus:
         verdicts, sizes = self.verdicts(), self.sizes()
         samples: list[bytes] = []
         for task, done in zip(
-            self._tasks(), in_order(work, self._tasks(), self._pool, self.workers), strict=True
+            self._tasks(), in_order(work, self._tasks(), self._pool, self.workers * _PER_WORKER), strict=True
         ):
             verdicts[task.base + done.emptied] = self.rule
             self.cut_bytes[self.rule] += int((sizes[task.base + done.changed] - done.sizes).sum())
