@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice, tee
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -304,25 +304,27 @@ def _start_worker(settings: EncodeSettings) -> None:
     _worker_encoder = ChunkEncoder(settings)
 
 
-def _work(chunk: Chunk) -> Encoded:
-    return _worker_encoder(chunk)
+def _work(part: Part) -> Encoded:
+    return _worker_encoder(part.chunk)
 
 
 def _encoded(run: _Run, parts: Iterator[Part]) -> Generator[tuple[Part, Encoded]]:
     """Every part encoded, in their order, a bounded number of them in flight."""
-    parts, ahead = tee(parts)
-    chunks = (part.chunk for part in ahead)
+
+    def encode(part: Part) -> Encoded:
+        return run.encoder(part.chunk)
+
     if isinstance(run.encoder.tokenizer, GigatokenTokenizer):
         # Threads, not processes: memory and start of one. One thread more than encode at a time reads JSON meanwhile.
         run.encoder.tokenizer.allow(run.workers)
         threads = run.workers + 1
         pool = ThreadPoolExecutor(threads)
         try:
-            yield from zip(parts, in_order(run.encoder, chunks, pool, threads * _PER_WORKER), strict=True)
+            yield from in_order(encode, parts, pool, threads * _PER_WORKER)
         finally:
             pool.shutdown(cancel_futures=True)
     elif run.workers > 1:
         with worker_processes(run.workers, _start_worker, (run.encoder.settings,)) as processes:
-            yield from zip(parts, in_order(_work, chunks, processes, run.workers * _PER_WORKER), strict=True)
+            yield from in_order(_work, parts, processes, run.workers * _PER_WORKER)
     else:
-        yield from zip(parts, in_order(run.encoder, chunks, None, 1), strict=True)
+        yield from in_order(encode, parts, None, 1)

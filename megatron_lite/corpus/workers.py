@@ -51,20 +51,21 @@ def in_order(
     arguments: Iterable[Argument],
     pool: Executor | None,
     at_once: int,
-) -> Generator[Result]:
-    """`function` over the arguments, in their order, by the pool (None: by this process).
+) -> Generator[tuple[Argument, Result]]:
+    """Each argument with what `function` makes of it, in their order, by the pool (None: by this process).
 
     at_once: how many are in flight; it bounds memory, and keeps every worker busy where it is more than there are
     """
     if pool is None:
-        yield from map(function, arguments)
+        yield from ((item, function(item)) for item in arguments)
         return
     waiting = iter(arguments)
-    flight: deque[Future[Result]] = deque()
-    flight.extend(pool.submit(function, item) for item in islice(waiting, at_once))
+    flight: deque[tuple[Argument, Future[Result]]] = deque()
+    flight.extend((item, pool.submit(function, item)) for item in islice(waiting, at_once))
     while flight:
-        yield flight.popleft().result()
-        flight.extend(pool.submit(function, item) for item in islice(waiting, 1))
+        item, future = flight.popleft()
+        yield item, future.result()
+        flight.extend((item, pool.submit(function, item)) for item in islice(waiting, 1))
 
 
 @contextmanager

@@ -132,4 +132,4 @@ def _in_processes(
 ) -> Generator[list[Cleaned | Problem]]:
     """`_Cleaner` over the chunks in their order, a bounded number of them in flight."""
     with worker_processes(workers, _start_worker, arguments) as pool:
-        yield from in_order(_work, chunks, pool, workers * _CHUNKS_PER_WORKER)
+        yield from (done for _, done in in_order(_work, chunks, pool, workers * _CHUNKS_PER_WORKER))

@@ -165,16 +165,19 @@ class Corpus:
             base, end = map(int, self.bases[number : number + 2])
             yield Task(number, origin, source, self.text_key, str(self.folder), verdict, base, end - base)
 
+    def _worked(self, work: Callable[[Task], Result]) -> Iterator[tuple[Task, Result]]:
+        return in_order(work, self._tasks(), self._pool, self.workers * _PER_WORKER)
+
     def scan(self, collect: Callable[[Task, Texts], Result]) -> list[Result]:
         """`collect` of each piece, in the workers; it takes all texts and returns something small."""
         results = []
-        scanned = in_order(partial(_scan, collect), self._tasks(), self._pool, self.workers * _PER_WORKER)
+        scanned = self._worked(partial(_scan, collect))
         if self._read:
-            return [item.result for item in scanned]
+            return [item.result for _, item in scanned]
         with open(self._verdict_path(), "wb") as verdicts, open(self.folder / "sizes.bin", "wb") as sizes:
-            for number, item in enumerate(scanned):
-                self._note_lines(number, len(item.verdict))
-                self._report(number, item.problems)
+            for task, item in scanned:
+                self._note_lines(task.number, len(item.verdict))
+                self._report(task.number, item.problems)
                 verdicts.write(item.verdict.tobytes())
                 sizes.write(item.sizes.tobytes())
                 results.append(item.result)
@@ -230,9 +233,7 @@ class Corpus:
         work = partial(_rewrite, make_edit, self._rewrites)
         verdicts, sizes = self.verdicts(), self.sizes()
         samples: list[bytes] = []
-        for task, done in zip(
-            self._tasks(), in_order(work, self._tasks(), self._pool, self.workers * _PER_WORKER), strict=True
-        ):
+        for task, done in self._worked(work):
             verdicts[task.base + done.emptied] = self.rule
             self.cut_bytes[self.rule] += int((sizes[task.base + done.changed] - done.sizes).sum())
             sizes[task.base + done.changed] = done.sizes
