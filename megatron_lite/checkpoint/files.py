@@ -7,20 +7,21 @@ the library's own writer wants every tensor in host memory at once; it reads wha
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import itertools
 import json
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from megatron_lite.checkpoint.blocks import BlockWriter, Bytes
 
 _DTYPES = {
     torch.float64: "F64",
@@ -37,9 +38,8 @@ _DTYPES = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = _DTYPES
 DTYPES_BY_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
 
-_CHUNK = 1 << 23  # bytes written, and summed meanwhile, at a time
-_FLUSH = 1 << 26  # bytes after which the disk is given what was written, while more is
-_PAGE = 1 << 21  # bytes read and summed at a time, by each reader: stays in the cache
+_CHUNK = 1 << 23  # bytes read at a time, by each reader
+_PAGE = 1 << 21  # bytes read and summed at a time, by each reader: stays in the processor's cache
 READERS = 4  # threads
 
 
@@ -87,55 +87,21 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    crcs = dict.fromkeys(order, 0)
-
-    def check(name: str, chunk: memoryview) -> None:
-        crcs[name] = zlib.crc32(chunk, crcs[name])
-
-    # Summed and sent to the disk by other threads while it is written: one after the other takes twice as long.
-    with open(path, "xb") as file, ThreadPoolExecutor(1) as checker, ThreadPoolExecutor(1) as flusher:
-        _reserve(file.fileno(), len(head) + end)
-        file.write(head)
-        flushes, unsent = [], 0
-        for name in order:
-            checks = []
-            for chunk in _chunks(tensors[name]):
-                checks.append(checker.submit(check, name, chunk))
-                file.write(chunk)
-                unsent += len(chunk)
-                if unsent >= _FLUSH:
-                    flushes.append(flusher.submit(os.fdatasync, file.fileno()))
-                    unsent = 0
-            wait(checks)  # a tensor goes before the next is made
-        file.flush()
-        for flush in flushes:
-            flush.result()  # the system says once only that the disk has failed
-        os.fsync(file.fileno())
-    return Written(len(head) + end, len(head), zlib.crc32(head), crcs)
+    with BlockWriter(path, len(head) + end) as file:
+        head_crc = file.write(np.frombuffer(head, np.uint8))
+        crcs = {name: file.write(_bytes(tensors[name])) for name in order}
+    return Written(len(head) + end, len(head), head_crc, crcs)
 
 
-def _reserve(file: int, size: int) -> None:
-    """Ask for a file's room at once: a full disk says so before the writing, and the file lies in one place.
-
-    Not os.posix_fallocate, which writes to every block where the file system has no such call.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
-        return
-    if (code := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise OSError(code, os.strerror(code))
-
-
-def _chunks(tensor: torch.Tensor | Deferred) -> Iterable[memoryview]:
-    """The bytes of a tensor, row-major, a chunk at a time."""
+def _bytes(tensor: torch.Tensor | Deferred) -> Bytes:
+    """The bytes of a tensor, row-major."""
     shape, dtype = tuple(tensor.shape), tensor.dtype
     if isinstance(tensor, Deferred):
         tensor = tensor.load()
         assert tuple(tensor.shape) == shape and tensor.dtype == dtype, "a deferred tensor is not as announced"
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data
-    for begin in range(0, len(data), _CHUNK):
-        yield data[begin : begin + _CHUNK]
+    found: Bytes = flat.view(torch.uint8).numpy()
+    return found
 
 
 def crc_of_ranges(path: Path, sizes: Iterable[int]) -> list[int]:

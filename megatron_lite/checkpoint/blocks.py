@@ -1,0 +1,136 @@
+"""A new file, written in large blocks past the page cache.
+
+Gigabytes written through the page cache take a core several times as long as the disk needs (a page is found, filled
+and later sent, a million times), and push out what training reads. So they go from a few blocks of memory straight to
+the disk (O_DIRECT, open(2)), several at a time; where a file system has no such way, through the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+_BLOCK = 1 << 22  # bytes; large, because each waits for the disk's answer
+_AT_ONCE = 8  # blocks on their way to the disk
+_SECTOR = 4096  # bytes; what goes past the cache begins and ends, in the file and in memory, on a multiple
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class BlockWriter:
+    """Writes a new file of `size` bytes, in order; the end of the `with` block returns once the disk has it.
+
+    Raises OSError where the disk refuses: a full one before anything is written, where the file system can tell.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._size, self._begin, self._filled = (
+            size,
+            0,
+            0,
+        )  # the block that is being filled begins at `_begin`
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with suppress(OSError):
+                self._set_direct(True)
+            _reserve(self._file, size)
+        except OSError:
+            os.close(self._file)
+            raise
+        self._pool = ThreadPoolExecutor(
+            _AT_ONCE
+        )  # which starts a thread only for a block that finds none idle
+        self._flight: deque[tuple[Future[None], Bytes]] = deque()
+        self._block = self._new_block()
+
+    def __enter__(self) -> BlockWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            os.close(self._file)
+
+    def write(self, data: Bytes, crc: int = 0) -> int:
+        """Take the next bytes and carry a CRC-32 on over them, in the block, where the processor's cache has them."""
+        while data.size:
+            part = self._block[self._filled : self._filled + data.size]
+            np.copyto(
+                part, data[: part.size]
+            )  # which lets other threads run meanwhile, as bytes' own way does not
+            crc = zlib.crc32(part.data, crc)
+            data, self._filled = data[part.size :], self._filled + part.size
+            if self._filled == self._block.size:
+                self._send()
+                self._block = self._new_block()
+        return crc
+
+    def _new_block(self) -> Bytes:
+        """Memory for a block: of one that the disk has got, where as many as may be are on their way."""
+        if len(self._flight) == _AT_ONCE:
+            sent, block = self._flight.popleft()
+            sent.result()
+            return block
+        return np.frombuffer(mmap.mmap(-1, min(_BLOCK, -(-self._size // _SECTOR) * _SECTOR)), np.uint8)
+
+    def _send(self) -> None:
+        data = self._block[: -(-self._filled // _SECTOR) * _SECTOR]
+        self._flight.append((self._pool.submit(self._write, data, self._begin), self._block))
+        self._begin, self._filled = self._begin + self._filled, 0
+
+    def _write(self, data: Bytes, begin: int) -> None:
+        refused = False
+        while data.size:
+            try:
+                count = os.pwrite(self._file, data.data, begin)
+                data, begin = data[count:], begin + count
+            except OSError as error:
+                if error.errno != errno.EINVAL or refused:
+                    raise
+                refused = True  # the rest of a write cut short, or a file system that wants another alignment
+                self._set_direct(False)
+
+    def _finish(self) -> None:
+        if self._filled:
+            self._send()  # with what fills its last sector, cut off again below
+        for sent, _ in self._flight:
+            sent.result()
+        os.ftruncate(self._file, self._size)
+        os.fsync(self._file)
+
+    def _set_direct(self, direct: bool) -> None:
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags | _DIRECT if direct else flags & ~_DIRECT)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Ask for a file's room at once: a full disk says so before the writing, and the file lies in one place.
+
+    Not os.posix_fallocate, which writes to every block where the file system has no such call.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if (
+        not hasattr(libc, "fallocate")
+        or libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0
+    ):
+        return  # where the system has no such call, as on macOS, it is found out on the way
+    if (code := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(code, os.strerror(code))
