@@ -25,6 +25,7 @@ from pathlib import Path
 from megatron_lite.checkpoint import CheckpointError, Reader, resolve
 from megatron_lite.checkpoint.foreign import find_foreign, import_foreign
 from megatron_lite.checkpoint.huggingface import (
+    ARCHITECTURES,
     EXPORT_DTYPES,
     check_export,
     export_huggingface,
@@ -44,6 +45,7 @@ _SOURCES = {
 _APPLIES = {
     "dtype": {"hf", "safetensors", "own"},
     "shard_gb": {"hf", "safetensors", "own"},
+    "family": {"hf"},
     "tokenizer": {"hf"},
     "tensor": {"own"},
     "pipeline": {"own"},
@@ -97,6 +99,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(EXPORT_DTYPES), help="of the weights; as they are stored")
     parser.add_argument("--shard-gb", type=float, metavar="GB", help="most of it in one file (5)")
     parser.add_argument("--weights-only", action="store_true", help="leave the optimizer state out")
+    parser.add_argument(
+        "--family",
+        choices=tuple(ARCHITECTURES),
+        help="hf: where the model fits two, llama and mistral (the one it was imported as, else llama)",
+    )
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help="hf: instead of the one the model was trained with"
     )
@@ -210,6 +217,7 @@ def to_huggingface(options: argparse.Namespace) -> None:
         options.save,
         dtype=EXPORT_DTYPES.get(options.dtype),
         shard_bytes=file_bytes(options),
+        family=options.family,
         tokenizer=options.tokenizer,
     )
     model, files = exported.model, len(exported.files)

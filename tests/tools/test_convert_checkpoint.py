@@ -18,13 +18,12 @@ from tools.convert_checkpoint import main
 @pytest.fixture
 def run(tmp_path):
     """The output directory of a run of a small model, at step 3."""
+    return write_run(tmp_path / "run", add_bias_linear=True)
+
+
+def write_run(folder, **settings):
     model = ModelConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        seq_length=32,
-        vocab_size=77,
-        add_bias_linear=True,
+        num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=32, vocab_size=77, **settings
     )
     torch.manual_seed(0)
     pieces = [
@@ -32,8 +31,8 @@ def run(tmp_path):
         for rule in rules(model)
         for kind in ("weight", "exp_avg", "exp_avg_sq")
     ]
-    save(tmp_path / "run" / "checkpoints", 3, pieces, {"config": {"model": model.model_dump(mode="json")}})
-    return tmp_path / "run"
+    save(folder / "checkpoints", 3, pieces, {"config": {"model": model.model_dump(mode="json")}})
+    return folder
 
 
 def convert(load, to, target, *flags):
@@ -51,6 +50,28 @@ def test_there_and_back(run, tmp_path, capsys):
         for name in before.names():
             rows = 77 if name == "embed.weight" else None
             assert torch.equal(before.read(name)[:rows], after.read(name)[:rows])
+
+
+def test_the_family_among_those_that_fit(run, tmp_path, capsys):
+    llama = {"position_embedding": "rope", "normalization": "RMSNorm", "activation": "swiglu"}
+    source = write_run(tmp_path / "llama", add_bias_linear=False, **llama)
+    for number, (given, made) in enumerate({"": "Llama", "llama": "Llama", "mistral": "Mistral"}.items()):
+        target = tmp_path / str(number)
+        assert convert(source, "hf", target, *(["--family", given] if given else [])) == 0
+        assert f"{made}ForCausalLM in float32" in capsys.readouterr().out
+        assert json.loads((target / "config.json").read_text())["model_type"] == made.lower()
+    # What was imported as a Mistral is one again, unless the other is asked for.
+    assert convert(target, "megatron_lite", tmp_path / "back") == 0
+    assert convert(tmp_path / "back", "hf", tmp_path / "again") == 0
+    assert convert(tmp_path / "back", "hf", tmp_path / "other", "--family", "llama") == 0
+    said = capsys.readouterr().out
+    assert "again: MistralForCausalLM" in said and "other: LlamaForCausalLM" in said
+
+    assert convert(source, "hf", tmp_path / "wrong", "--family", "qwen3") == 2
+    assert "cannot be exported as qwen3, only as llama or mistral" in capsys.readouterr().err
+    assert convert(run, "hf", tmp_path / "wrong", "--family", "mistral") == 2
+    assert "cannot be exported as mistral, only as gpt2" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_without_transformers_or_unasked_it_says_that_nothing_was_checked(run, tmp_path, capsys, monkeypatch):
@@ -137,6 +158,7 @@ def test_a_model_that_only_the_user_knows(tmp_path, capsys):
             ["--config", "x"],
             "--config has no effect with --to megatron_lite from a check",
         ),
+        ("megatron_lite", ["--family", "llama"], "--family has no effect"),
         ("megatron_lite", ["--tokenizer", "byte"], "--tokenizer has no effect"),
         (
             "megatron_lite",

@@ -10,7 +10,7 @@ from megatron_lite.checkpoint.huggingface.check import (
     check_round_trip,
     compare_logits,
 )
-from megatron_lite.checkpoint.huggingface.config import from_huggingface, to_huggingface
+from megatron_lite.checkpoint.huggingface.config import ARCHITECTURES, from_huggingface, to_huggingface
 from megatron_lite.checkpoint.huggingface.exporting import (
     EXPORT_DTYPES,
     Exported,
@@ -22,6 +22,7 @@ from megatron_lite.checkpoint.huggingface.tokenizer import tokenizer_of
 from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 
 __all__ = [
+    "ARCHITECTURES",
     "EXPORT_DTYPES",
     "Exported",
     "Rule",

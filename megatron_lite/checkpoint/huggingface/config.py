@@ -128,11 +128,14 @@ def to_huggingface(
 
 def _checked_family(model: ModelConfig, wanted: str | None) -> str:
     family = family_of(model)
-    if wanted in (None, family):
+    fitting = [family]
+    if family == "llama" and not model.add_bias_linear:
+        fitting.append("mistral")  # a Llama without biases, where its window is as long as its context
+    if wanted is None:
         return family
-    if (wanted, family) == ("mistral", "llama") and not model.add_bias_linear:
-        return "mistral"  # a Llama without biases, where its window is as long as its context
-    raise CheckpointError(f"the model is {ARCHITECTURES[family]}'s, and cannot be exported as {wanted}")
+    if wanted not in fitting:
+        raise CheckpointError(f"the model cannot be exported as {wanted}, only as {' or '.join(fitting)}")
+    return wanted
 
 
 def _scaling_to_huggingface(model: ModelConfig) -> dict[str, Any] | None:
