@@ -1,7 +1,7 @@
 """Files that are on the disk when we say so: streamed safetensors, checksums, atomic replacement.
 
 The container is safetensors (https://huggingface.co/docs/safetensors): eight bytes of little-endian header
-length, a JSON header, then the raw tensors end to end. We write it ourselves, one tensor at a time, because
+length, a JSON header, then the raw tensors end to end. We write it ourselves, a tensor after the other, because
 the library's own writer wants every tensor in host memory at once; it reads what we write.
 """
 
@@ -12,8 +12,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def write_safetensors(
 ) -> Written:
     """Write `tensors` to a new file at `path` and return once the disk has it.
 
-    Tensors may live on any device; one at a time is brought to host memory. Raises OSError where the disk
+    Tensors may live on any device; two at a time are brought to host memory. Raises OSError where the disk
     refuses, ValueError for a dtype that safetensors does not know.
     """
     for name, tensor in tensors.items():
@@ -89,8 +89,22 @@ def write_safetensors(
     head = len(text).to_bytes(8, "little") + text
     with BlockWriter(path, len(head) + end) as file:
         head_crc = file.write(np.frombuffer(head, np.uint8))
-        crcs = {name: file.write(_bytes(tensors[name])) for name in order}
+        made = _made(tensors[name] for name in order)
+        crcs = {name: file.write(next(made)) for name in order}
     return Written(len(head) + end, len(head), head_crc, crcs)
+
+
+def _made(tensors: Iterable[torch.Tensor | Deferred]) -> Iterator[Bytes]:
+    """The bytes of each tensor, the next being made, by a thread, while one is written: two are in memory at a time."""
+    with ThreadPoolExecutor(1) as pool:
+        last: Future[Bytes] | None = None
+        for tensor in tensors:
+            ahead = pool.submit(_bytes, tensor)
+            if last is not None:
+                yield last.result()
+            last = ahead
+        if last is not None:
+            yield last.result()
 
 
 def _bytes(tensor: torch.Tensor | Deferred) -> Bytes:

@@ -1,7 +1,8 @@
 """Checkpoints cut anew, on one machine and in bounded memory: another layout, number of files, type, or weights only.
 
 Any layout reads any other, so that this is for moving files about: one a rank, few or many, half as large.
-A piece of at most `PIECE` elements is in memory at a time, whatever the size of the model and of its parameters.
+Two pieces of at most `PIECE` elements are in memory, whatever the size of the model and of its parameters: one is read
+while the one before is written.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.parallel.stages import stage_bounds
 
-PIECE = 1 << 26  # elements
+PIECE = 1 << 25  # elements
 
 
 class Shard(NamedTuple):
@@ -158,20 +159,21 @@ def _pieces(
 
 
 class _Source:
-    """A reader whose pieces take turns in the same memory: new memory for each would cost more than reading it."""
+    """A reader whose pieces take turns in the same two places: new memory for each would cost more than reading it."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._memory: dict[torch.dtype, torch.Tensor] = {}
+        self._memory: dict[torch.dtype, list[torch.Tensor]] = {}
 
     def piece(self, shard: Shard, kind: str, start: int, stop: int, dtype: torch.dtype | None) -> Deferred:
-        """Elements [start, stop) of a shard; what was read before is gone when they are."""
+        """Elements [start, stop) of a shard; what was read before the last one is gone when they are."""
         stored = self.reader.dtype(shard.name, kind)
 
         def load() -> torch.Tensor:
-            if stored not in self._memory:
-                self._memory[stored] = torch.empty(PIECE, dtype=stored)  # what is not used takes no memory
-            part = self._memory[stored][: stop - start]
+            if stored not in self._memory:  # what is not used of it takes none
+                self._memory[stored] = [torch.empty(PIECE, dtype=stored) for _ in range(2)]
+            self._memory[stored].reverse()
+            part = self._memory[stored][0][: stop - start]
             self.reader.read_into(part, shard.name, kind, shard.dim, shard.start, shard.stop, start)
             self.reader.close()  # pages of mapped files count as this process's memory until they are unmapped
             return rounded(part, dtype, shard.name)

@@ -87,20 +87,20 @@ def test_every_tensor_is_aligned_to_its_own_width(tmp_path):
     assert all(entry["data_offsets"][0] % widths[entry["dtype"]] == 0 for entry in header.values())
 
 
-def test_deferred_tensors_are_made_one_by_one(tmp_path):
+def test_deferred_tensors_are_made_one_ahead(tmp_path):
     made = []
 
     def make(value):
-        assert all(tensor() is None for tensor in made)  # the others are written, and gone
+        assert sum(tensor() is not None for tensor in made) <= 1  # the others are written, and gone
         tensor = torch.full((1 << 18,), float(value))
         made.append(weakref.ref(tensor))
         return tensor
 
-    deferred = {str(v): Deferred(torch.float32, (1 << 18,), lambda v=v: make(v)) for v in (1, 2, 3)}
+    deferred = {str(v): Deferred(torch.float32, (1 << 18,), lambda v=v: make(v)) for v in range(1, 9)}
     write_safetensors(tmp_path / "x.safetensors", deferred)
-    assert len(made) == 3
+    assert len(made) == 8
     loaded = safetensors.torch.load_file(tmp_path / "x.safetensors")
-    assert [loaded[name][-1].item() for name in ("1", "2", "3")] == [1.0, 2.0, 3.0]
+    assert all(loaded[str(v)].eq(v).all() for v in range(1, 9))
 
 
 def test_room_for_all_of_it_is_asked_for_before_anything_is_written(tmp_path):
