@@ -6,11 +6,11 @@ import contextlib
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -314,58 +314,67 @@ def step_folders(directory: Path) -> list[Path]:
     return sorted(found, key=order)
 
 
-_NONE: Mapping[Path, str] = MappingProxyType({})
+# Take what comes; or send what is wrong with it, which is told once, and the next best comes.
+Search = Generator[Path, str | None, None]
 
 
-def find_latest(
-    output_dir: str | Path, *, checksums: bool = False, damaged: Mapping[Path, str] = _NONE
-) -> Path | None:
-    """The newest whole checkpoint under an output directory (or a checkpoints folder), None where none is.
-
-    Falls back to an older one where the newest is damaged, with a warning that says what was wrong with it.
-    `checksums` reads every byte instead of looking at sizes only; `damaged` names folders already known to be, and
-    what is wrong with them. Raises CheckpointError where there are checkpoints and all are damaged: starting afresh
-    is then for the user to decide. In a run of many ranks let one rank look and tell the others.
-    """
+def search_output(output_dir: str | Path, *, checksums: bool = False) -> Search:
+    """What `find_latest` finds, then what it would find were that damaged, and so on. Raises as it does."""
     directory = Path(output_dir)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
     if not directory.is_dir():
-        return None
-    faults = []
+        return
+    faults: list[str] = []
     for folder in step_folders(directory):
         try:
-            if folder in damaged:
-                raise CheckpointError(damaged[folder])
-            with Reader(folder) as reader:
-                if checksums:
-                    reader.verify()
+            _open(folder, checksums)
         except CheckpointError as error:
-            log.warning("checkpoint %s cannot be used: %s", folder.name, error)
-            faults.append(str(error))
+            fault: str | None = str(error)
         else:
             if faults:
                 log.warning("falling back to checkpoint %s", folder)
-            return folder
+            fault = yield folder
+        if fault is not None:
+            log.warning("checkpoint %s cannot be used: %s", folder.name, fault)
+            faults.append(fault)
     if faults:
         remedy = "restore one, or move them away to start afresh"
         raise CheckpointError(f"{directory}: no checkpoint is whole ({'; '.join(faults)}); {remedy}")
-    return None
 
 
-def resolve(path: str | Path, *, checksums: bool = False, damaged: Mapping[Path, str] = _NONE) -> Path:
+def find_latest(output_dir: str | Path, *, checksums: bool = False) -> Path | None:
+    """The newest whole checkpoint under an output directory (or a checkpoints folder), None where none is.
+
+    Falls back to an older one where the newest is damaged, with a warning that says what was wrong with it.
+    `checksums` reads every byte instead of looking at sizes only. Raises CheckpointError where there are checkpoints
+    and all are damaged: starting afresh is then for the user to decide. In a run of many ranks let one rank look and
+    tell the others.
+    """
+    return next(search_output(output_dir, checksums=checksums), None)
+
+
+def search(path: str | Path, *, checksums: bool = False) -> Search:
+    """What `resolve` finds, then what it would find were that damaged, and so on. Raises as it does."""
+    path = Path(path)
+    if _STEP.match(path.name) or (path / INDEX).is_file():
+        _open(path, checksums)
+        if (fault := (yield path)) is not None:
+            raise CheckpointError(fault)
+        return
+    yield from search_output(path, checksums=checksums)
+    raise CheckpointError(f"{path}: no checkpoint there; give a step folder or a run's output directory")
+
+
+def resolve(path: str | Path, *, checksums: bool = False) -> Path:
     """The step folder meant by `path`: one itself, a checkpoints folder or an output directory.
 
     Raises CheckpointError where there is no checkpoint, or none that is whole (see `find_latest`).
     """
-    path = Path(path)
-    if _STEP.match(path.name) or (path / INDEX).is_file():
-        if path in damaged:
-            raise CheckpointError(damaged[path])
-        with Reader(path) as reader:
-            if checksums:
-                reader.verify()
-        return path
-    if (found := find_latest(path, checksums=checksums, damaged=damaged)) is None:
-        raise CheckpointError(f"{path}: no checkpoint there; give a step folder or a run's output directory")
-    return found
+    return next(search(path, checksums=checksums))
+
+
+def _open(folder: Path, checksums: bool) -> None:
+    with Reader(folder) as reader:
+        if checksums:
+            reader.verify()

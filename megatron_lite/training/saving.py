@@ -2,14 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import CheckpointError, Reader, find_latest, resolve
+from megatron_lite.checkpoint import CheckpointError, Reader, search, search_output
 from megatron_lite.config import Config
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.training.engine import Engine
@@ -84,16 +84,15 @@ def find_start(config: Config) -> Path | None:
         ValueError: on every rank; resuming is required and there is nothing to resume, `checkpoint.load`
             names nothing, or every checkpoint in the output folder is damaged.
     """
-    damaged: dict[Path, str] = {}
+    candidates, fault = _candidates(config), None
     while True:
         found: list[Any] = [None]
         with agreed_failure():
             if dist.get_rank() == 0:
-                found[0] = _look(config, damaged)
+                found[0] = candidates.send(fault)
         dist.broadcast_object_list(found)
         if found[0] is None or (fault := _fault_in(found[0])) is None:
             return found[0]
-        damaged[found[0]] = fault
 
 
 def _fault_in(path: Path) -> str | None:
@@ -107,18 +106,19 @@ def _fault_in(path: Path) -> str | None:
     return next((fault for fault in gather(fault) if fault is not None), None)
 
 
-def _look(config: Config, damaged: dict[Path, str]) -> Path | None:
+def _candidates(config: Config) -> Generator[Path | None, str | None, None]:
+    """The checkpoints to start from, best first, and None for a fresh start; send what is wrong with the last."""
     settings = config.checkpoint
     if settings.resume != "never":
-        latest = find_latest(config.train.output_dir, damaged=damaged)
-        if latest is not None:
-            return latest
+        yield from search_output(config.train.output_dir)  # raises where all that there are were damaged
         if settings.resume == "required":
             raise CheckpointError(
                 f"checkpoint.resume is required, but {config.train.output_dir} holds no checkpoint; "
                 "set train.output_dir to the run's folder, or checkpoint.resume to auto"
             )
-    return None if settings.load is None else resolve(settings.load, damaged=damaged)
+    if settings.load is not None:
+        yield from search(settings.load)
+    yield None
 
 
 def read_progress(config: Config, path: Path | None) -> Progress:

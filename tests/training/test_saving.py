@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import CheckpointError, Reader, resolve
+from megatron_lite.checkpoint import reader as reader_module
 from megatron_lite.training import saving
 from megatron_lite.training.saver import Saver
 from megatron_lite.training.saving import (
@@ -133,6 +135,55 @@ def test_another_model_is_told_by_parameter(model: dict[str, Any], fault: str, r
     assert re.match(re.escape(path) + " is of another model: " + fault, message)
     assert re.search(r"; and \d+ more\. Compare the model section$", message)
     assert message.count(";") == 5, "not all of a hundred parameters"
+
+
+def flip_last_bit(step: Path) -> None:
+    """Damage that a look at names and sizes does not find."""
+    file = step / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def start_and_warnings(case: Case) -> tuple[str | None, list[str]]:
+    messages: list[str] = []
+
+    def note(message: str, *args: Any) -> None:
+        messages.append(message % args)
+
+    reader_module.log.warning = note  # type: ignore[method-assign, assignment]
+    return start(case)[0], messages
+
+
+def test_each_damage_is_told_once(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    steps = {number: folder / f"step_{number:08d}" for number in (1, 2, 3, 4)}
+    for number in (3, 4):
+        shutil.copytree(steps[2], steps[number])
+    (folder / "latest").write_text("step_00000004 crc32:0\n")
+    (steps[3] / "index.json").unlink()
+    for number in (2, 4):
+        flip_last_bit(steps[number])
+    (found, messages), other = run_ranks(2, start_and_warnings, make(tmp_path, train__micro_batch_size=1))
+    assert found == other[0] == str(steps[1]) and other[1] == []
+    patterns = [
+        r".*/latest is damaged; the checkpoint of the highest step counts",
+        r"checkpoint step_00000004 cannot be used: .* is damaged: ",
+        r"checkpoint step_00000003 cannot be used: .*index\.json is not there",
+        rf"falling back to checkpoint {steps[2]}$",
+        r"checkpoint step_00000002 cannot be used: .* is damaged: ",
+        rf"falling back to checkpoint {steps[1]}$",
+    ]
+    assert len(messages) == len(patterns), messages
+    for pattern, message in zip(patterns, messages, strict=True):
+        assert re.match(pattern, message), message
+
+    flip_last_bit(steps[1])
+    (message,) = run_ranks(1, failing, make(tmp_path))
+    assert "no checkpoint is whole" in message and message.count(" is damaged: ") == 3
+    (message,) = run_ranks(1, failing, make(tmp_path / "new", checkpoint__load=str(steps[4])))
+    assert message.startswith(f"{steps[4]}/rank_00000.safetensors is damaged: ")
 
 
 def warned(case: Case) -> list[str]:
