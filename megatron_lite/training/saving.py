@@ -191,13 +191,13 @@ def _check_model(engine: Engine, reader: Reader, names: set[str]) -> None:
     held, faults = set(reader.names()), []
     old = reader.metadata.get("config", {}).get("model", {})
     new = engine.config.model.model_dump(mode="json")
-    same_tokens = old.get("vocab_size") == new["vocab_size"]
+    before, now = old.get("vocab_size") or 0, new["vocab_size"]
     for name, parameter in engine.named_parameters():
         spec = spec_of(parameter)
         if name not in held:
             faults.append(f"{name} is missing")
         elif (shape := reader.shape(name)) != spec.global_shape and not (
-            same_tokens and differs_in_padding(spec, shape)
+            0 < before <= now <= shape[0] and differs_in_padding(spec, shape)
         ):
             faults.append(f"{name} is {shape}, the model's is {spec.global_shape}")
     faults += [f"{name} is not in the model" for name in sorted(held - names)]
@@ -206,6 +206,17 @@ def _check_model(engine: Engine, reader: Reader, names: set[str]) -> None:
         for key in _STRUCTURE
         if key in old and old[key] != new[key]
     ]
+    if before > now:
+        # Fewer ids are another tokenizer's. They are not where the old number was one rounded up by hand.
+        fault = f"model.vocab_size was {before} and is {now}, as with another tokenizer"
+        faults.append(f"{fault} (with the same one set it to {before})")
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise CheckpointError(f"{reader.path} is of another model: {shown}. Compare the model section")
+    if 0 < before < now and engine.mesh.rank == 0:
+        # Tokens added to the tokenizer take rows of padding; another tokenizer of about the same size looks alike.
+        logger.warning(
+            "model.vocab_size was %d and is %d: ids from %d on start untrained, and the others must mean what they "
+            "meant: go on only where tokens were added to the same tokenizer",
+            *(before, now, before),
+        )

@@ -1,5 +1,6 @@
 """What keeps ranks from waiting for each other in vain, and a checkpoint from loading into another model."""
 
+import math
 import os
 import signal
 import subprocess
@@ -13,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import CheckpointError
+from megatron_lite.checkpoint import CheckpointError, Reader
 from megatron_lite.model.rotary import Rotary
 from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
 from megatron_lite.parallel.mesh import build_mesh
-from megatron_lite.training import loop
+from megatron_lite.training import loop, saving
 from megatron_lite.training.resilience import PeerWatch, _alive
 from megatron_lite.training.saver import Saver
 from megatron_lite.training.saving import Progress, find_start, load_checkpoint
@@ -169,6 +170,15 @@ def load_case(case: Case, folder: Path) -> str:
         ({"num_attention_heads": 2}, "model.num_attention_heads was 4 and is 2"),
         ({"activation": "gelu"}, "model.activation was gelu_tanh and is gelu"),
         ({"vocab_size": 70}, "embed.weight is (64, 32), the model's is (72, 32)"),
+        # The same 64 rows, and other rows: what makes ids mean other tokens is not left to the padding.
+        (
+            {"vocab_size": 59},
+            "model.vocab_size was 61 and is 59, as with another tokenizer (with the same one",
+        ),
+        (
+            {"vocab_size": 50},
+            "model.vocab_size was 61 and is 50, as with another tokenizer (with the same one",
+        ),
         ({"hidden_dropout": 0.1}, "loaded"),
     ],
 )
@@ -178,6 +188,38 @@ def test_a_checkpoint_of_another_model_is_refused(
     run_ranks(1, save_case, Case(), tmp_path)
     for message in run_ranks(pipeline, load_case, Case(pipeline=pipeline, model=model), tmp_path):
         assert expected in message
+
+
+def load_and_warnings(case: Case, folder: Path) -> tuple[list[str], bool, float]:
+    """What was warned of, whether the rows of the checkpoint's padding came along, and the loss of a step."""
+    messages: list[str] = []
+
+    def note(message: str, *args: object) -> None:
+        messages.append(message % args)
+
+    saving.logger.warning = note  # type: ignore[method-assign, assignment]
+    engine = make_engine(case.config())
+    load_checkpoint(engine, folder)
+    with Reader(folder) as reader:
+        rows = min(case.config().model.padded_vocab_size, 64)
+        mine = dict(engine.named_parameters())["embed.weight"]
+        same = torch.equal(mine[:rows], reader.read("embed.weight")[:rows])
+    return messages, same, train(engine, range(1, 2))[0][0]
+
+
+@pytest.mark.parametrize("multiple", [8, 1, 80])
+def test_tokens_added_to_a_tokenizer_take_rows_of_padding(tmp_path: Path, multiple: int) -> None:
+    run_ranks(1, save_case, Case(), tmp_path)
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    model = {"vocab_size": 63, "make_vocab_size_divisible_by": multiple}
+    (messages, same, loss), (others, _, _) = run_ranks(
+        2, load_and_warnings, Case(pipeline=2, model=model), folder
+    )
+    assert len(messages) == 1 and others == []
+    assert messages[0].startswith("model.vocab_size was 61 and is 63: ids from 61 on start untrained")
+    assert same and math.isfinite(loss)
+    model["vocab_size"] = 61
+    assert run_ranks(1, load_and_warnings, Case(model=model), folder)[0][:2] == ([], True)
 
 
 def start_of(folder: Path) -> str:
