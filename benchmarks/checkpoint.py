@@ -1,8 +1,8 @@
 """Saving and loading a model with its optimizer state: ours, torch.save, torch.distributed.checkpoint, DeepSpeed.
 
 Sides take turns, each turn in a process of its own with one rank on the CPU. Directly before and after, a turn writes
-and reads as many bytes as its side does, in one plain file: the mean is the disk's own rate at that moment (many disks
-are faster for a while after a rest), and ratios are to that.
+and reads as many bytes as its side does, in one plain file past the page cache (`benchmarks/disk.py`): the mean is the
+disk's own rate at that moment (many disks are faster for a while after a rest), and ratios are to that.
 Writing ends when the disk has the data (fsync; of torch.save's and DeepSpeed's files, which they do not do, by us).
 Before anything is read its pages are dropped from the page cache (posix_fadvise). Loading ends with everything in the
 memory of the model and optimizer; ours has verified every checksum then, the others verify nothing. Of a save beside
@@ -32,6 +32,13 @@ from typing import Any
 import torch
 from bare import ROOT
 from common import header, spread
+from disk import drop, read_seconds, write_seconds
+
+from megatron_lite.config import ModelConfig
+from megatron_lite.model.gpt import gpt_layers
+from megatron_lite.model.runtime import Runtime
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parameter import spec_of
 
 State = dict[str, dict[str, torch.Tensor]]  # kind -> name -> tensor
 
@@ -41,21 +48,32 @@ SIZES = {
     "125m": (12, 768, 50304),
     "tiny": (2, 64, 512),
 }  # layers, hidden, vocabulary
-SIDES = ("ours", "ours async", "torch.save", "torch dcp", "torch dcp async", "deepspeed")
-_CHUNK = 1 << 23
+SIDES = ("ours", "ours async", "torch.save", "torch dcp", "torch dcp async", "deepspeed", "reshard")
+RESHARD = ["--to", "megatron_lite", "--tensor", "2", "--pipeline", "2", "--data", "2"]
+
+
+def model_of(size: str) -> ModelConfig:
+    """A GPT-2."""
+    layers, hidden, vocabulary = SIZES[size]
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=max(1, hidden // 64),
+        seq_length=1024,
+        vocab_size=vocabulary,
+    )
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """The parameters of a GPT-2."""
-    layers, hidden, vocabulary = SIZES[size]
-    found: dict[str, tuple[int, ...]] = {"embed": (vocabulary, hidden), "position": (1024, hidden)}
-    for layer in range(layers):
-        for name, out, of in (("qkv", 3, 1), ("projection", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
-            found[f"{layer}.{name}.weight"] = (out * hidden, of * hidden)
-            found[f"{layer}.{name}.bias"] = (out * hidden,)
-        for name in ("norm1", "norm2"):
-            found |= {f"{layer}.{name}.{part}": (hidden,) for part in ("weight", "bias")}
-    return found | {"norm.weight": (hidden,), "norm.bias": (hidden,)}
+    """Its parameters."""
+    layers = gpt_layers(model_of(size), Runtime(Mesh(), device=torch.device("meta")))
+    specs = [
+        spec_of(parameter)
+        for layer in layers
+        if not layer.tied_to
+        for parameter in layer.build(None).parameters()
+    ]
+    return {spec.name: spec.global_shape for spec in specs}
 
 
 def make_state(size: str) -> State:
@@ -81,24 +99,21 @@ class Turn:
         self.found[name] = time.perf_counter() - begun
         return self.found[name]
 
-    def save(self, state: State, size: int, action: Callable[[], Any], name: str = "save") -> None:
-        """The disk, then `action`; both to an empty folder."""
+    def save(self, size: int, action: Callable[[], Any]) -> None:
+        """The disk, then `action`, to an empty folder, then the disk."""
         self.clear()
-        before = self.timed("disk write", lambda: write_plain(self.plain, state, size))
-        self.timed(name, action)
+        before = write_seconds(self.plain, size)
+        self.timed("save", action)
         self.plain.unlink()
-        after = self.timed("disk write", lambda: write_plain(self.plain, state, size))
-        self.found["disk write"] = (before + after) / 2
+        self.found["disk write"] = (before + write_seconds(self.plain, size)) / 2
         self.found["bytes"] = sum(path.stat().st_size for path in self.files())
 
     def load(self, action: Callable[[], Any]) -> None:
-        for path in (*self.files(), self.plain):
+        for path in self.files():
             drop(path)
-        before = self.timed("disk read", lambda: read_plain(self.plain))
+        before = read_seconds(self.plain)
         self.timed("load", action)
-        drop(self.plain)
-        after = self.timed("disk read", lambda: read_plain(self.plain))
-        self.found["disk read"] = (before + after) / 2
+        self.found["disk read"] = (before + read_seconds(self.plain)) / 2
 
     def files(self) -> list[Path]:
         return [path for path in self.folder.rglob("*") if path.is_file()]
@@ -112,30 +127,6 @@ class Turn:
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.plain.unlink(missing_ok=True)
-
-
-def write_plain(path: Path, state: State, size: int) -> None:
-    with path.open("xb", buffering=0) as file:
-        while size:
-            for tensors in state.values():
-                for tensor in tensors.values():
-                    data = tensor.view(-1).view(torch.uint8).numpy().data[:size]
-                    for begin in range(0, len(data), _CHUNK):
-                        size -= file.write(data[begin : begin + _CHUNK])
-        os.fsync(file.fileno())
-
-
-def read_plain(path: Path) -> None:
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-
-
-def drop(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def ours(turn: Turn, size: str, background: bool) -> None:
@@ -153,9 +144,9 @@ def ours(turn: Turn, size: str, background: bool) -> None:
 
     if background:
         host.take(pieces)
-        turn.save(state, bytes_of(state), later)
+        turn.save(bytes_of(state), later)
         return
-    turn.save(state, bytes_of(state), lambda: save(turn.folder, 1, pieces, {}))
+    turn.save(bytes_of(state), lambda: save(turn.folder, 1, pieces, {}))
 
     def load() -> None:
         with Reader(turn.folder / "step_00000001") as reader:
@@ -165,6 +156,30 @@ def ours(turn: Turn, size: str, background: bool) -> None:
                 reader.read_into(piece.data, piece.name, piece.kind, None, 0, None, 0)
 
     turn.load(load)
+
+
+def reshard(turn: Turn, size: str) -> None:
+    from megatron_lite.checkpoint import Piece, save
+
+    state, source = make_state(size), turn.folder.with_name("source")
+    pieces = [Piece.whole(name, kind, t) for kind, held in state.items() for name, t in held.items()]
+    made = save(
+        source / "checkpoints", 1, pieces, {"config": {"model": model_of(size).model_dump(mode="json")}}
+    )
+    for path in made.iterdir():
+        drop(path)
+    # The command in this interpreter's place would have this process's memory as its least peak.
+    script = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    peak = "import atexit, pathlib; atexit.register(lambda: print(pathlib.Path('/proc/self/status').read_text()));"
+    command = [sys.executable, "-c", peak + script, str(ROOT / "tools/convert_checkpoint.py"), *RESHARD]
+    command += ["--load", str(source), "--save", str(turn.folder)]
+
+    def cut() -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        turn.found["peak"] = int(done.stdout.split("VmHWM:")[1].split()[0]) / 2**20
+
+    turn.save(bytes_of(state), cut)
+    turn.found["disk read"] = read_seconds(turn.plain)
 
 
 def torch_save(turn: Turn, size: str) -> None:
@@ -181,7 +196,7 @@ def torch_save(turn: Turn, size: str) -> None:
             for name, tensor in tensors.items():
                 state[kind][name].copy_(tensor)
 
-    turn.save(state, bytes_of(state), save)
+    turn.save(bytes_of(state), save)
     turn.load(load)
 
 
@@ -209,9 +224,9 @@ def torch_dcp(turn: Turn, size: str, background: bool) -> None:
 
         stager = DefaultStager(StagingOptions(**options, use_non_blocking_copy=False))
         later(stager)  # it keeps its memory from the first save
-        turn.save(state, bytes_of(state), lambda: later(stager))
+        turn.save(bytes_of(state), lambda: later(stager))
         return
-    turn.save(state, bytes_of(state), lambda: dcp.save(flat, checkpoint_id=turn.folder))
+    turn.save(bytes_of(state), lambda: dcp.save(flat, checkpoint_id=turn.folder))
     turn.load(lambda: dcp.load(flat, checkpoint_id=turn.folder))
 
 
@@ -254,9 +269,8 @@ def deepspeed_save(turn: Turn, size: str) -> None:
         engine.save_checkpoint(str(turn.folder), "1")
         turn.sync()
 
-    state = {"weight": {"noise": torch.randn(1 << 24)}}
     weights = sum(math.prod(shape) for shape in shapes(size).values())
-    turn.save(state, 14 * weights, save)
+    turn.save(14 * weights, save)
     turn.load(lambda: engine.load_checkpoint(str(turn.folder), "1"))
 
 
@@ -273,9 +287,9 @@ def take_turn(side: str, size: str, folder: Path) -> dict[str, float]:
         elif side.startswith("torch dcp"):
             torch_dcp(turn, size, side.endswith("async"))
         else:
-            {"torch.save": torch_save, "deepspeed": deepspeed_save}[side](turn, size)
+            {"torch.save": torch_save, "deepspeed": deepspeed_save, "reshard": reshard}[side](turn, size)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {**turn.found, "peak": peak}
+    return {"peak": peak, **turn.found}
 
 
 def run_turn(side: str, options: argparse.Namespace) -> dict[str, float] | str:
@@ -296,6 +310,8 @@ def rows(results: dict[str, list[dict[str, float]]], errors: dict[str, str]) -> 
     table = [titles, ["---"] * len(titles)]
     sync = [turn["save"] for turn in results.get("ours", [])]
     for side, turns in results.items():
+        if side == "reshard" and turns:
+            continue  # reads, too: it has a line of its own
         if not turns:
             table.append([side, errors[side], *[""] * (len(titles) - 2)])
             continue
@@ -353,6 +369,13 @@ def main() -> int:
     for what, of in (("write", [t for t in disk if "save" in t]), ("read", [t for t in disk if "load" in t])):
         rates = [turn["bytes"] / turn[f"disk {what}"] / 1e9 for turn in of]
         print(f"- the disk's own sequential {what}: {spread(rates, 2) if rates else '-'} GB/s")
+    for turns in filter(None, [results.get("reshard")]):
+        rates = spread([turn["bytes"] / turn["save"] / 1e9 for turn in turns], 2)
+        both = spread([100 * (turn["disk write"] + turn["disk read"]) / turn["save"] for turn in turns], 0)
+        print(f"- reshard: {spread([turn['save'] for turn in turns], 2)} s, {rates} GB/s, peak", end=" ")
+        print(
+            f"{max(turn['peak'] for turn in turns):.2f} GiB; of the rate of reading and writing once: {both} %"
+        )
     print()
     print("\n".join(f"| {' | '.join(row)} |" for row in rows(results, errors)))
     return 0
