@@ -31,7 +31,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--load", required=True, metavar="DIR", help="a run's output folder, or one of its checkpoints"
+        "--load",
+        required=True,
+        metavar="DIR",
+        help="a run's output folder, one of its checkpoints, or its weights folder",
     )
     parser.add_argument("--data", metavar="PREFIX", help="evaluate on all of this instead of the run's split")
     parser.add_argument("--split", choices=("valid", "test"), default="valid")

@@ -82,7 +82,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--load", required=True, metavar="DIR", help="a run's output folder, or one of its checkpoints"
+        "--load",
+        required=True,
+        metavar="DIR",
+        help="a run's output folder, one of its checkpoints, or its weights folder",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
@@ -177,7 +180,13 @@ class Session:
             spec = options.tokenizer or config.data.tokenizer
             if spec is None:
                 raise ValueError(f"{reader.path}: trained without a tokenizer; give --tokenizer")
-            tokenizer = load_tokenizer(spec)
+            tokenizer, known = load_tokenizer(spec), config.model.vocab_size
+            if known is not None and tokenizer.vocab_size > known:
+                # Not an error: some models come with tokens that are in the tokenizer alone, and are never drawn.
+                log.warning(
+                    "tokenizer %s has %d ids and the model %d: is it the one the model was trained with?",
+                    *(spec, tokenizer.vocab_size, known),
+                )
             name = options.dtype or (config.train.precision if device.type == "cuda" else "fp32")
             model = load_model(reader, config, mesh=mesh, dtype=DTYPES[name], device=device)
             count = config.model.parameter_count() / 1e6

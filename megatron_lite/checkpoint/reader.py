@@ -363,7 +363,11 @@ def search(path: str | Path, *, checksums: bool = False) -> Search:
             raise CheckpointError(fault)
         return
     yield from search_output(path, checksums=checksums)
-    raise CheckpointError(f"{path}: no checkpoint there; give a step folder or a run's output directory")
+    # What `checkpoint.weights_interval` saves; never taken unasked, since training does not go on from it.
+    light = f" (weights alone are in {path / 'weights'})" if (path / "weights").is_dir() else ""
+    raise CheckpointError(
+        f"{path}: no checkpoint there{light}; give a step folder or a run's output directory"
+    )
 
 
 def resolve(path: str | Path, *, checksums: bool = False) -> Path:

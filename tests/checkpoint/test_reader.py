@@ -244,3 +244,13 @@ def test_resolve_takes_a_step_a_checkpoints_folder_or_an_output_directory(tmp_pa
         resolve(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"index.json is not there"):
         resolve(tmp_path / "step_00000009")
+
+
+def test_weights_alone_are_not_taken_unasked_but_pointed_to(tmp_path):
+    save_state(tmp_path / "weights", 5, random_state(0))
+    assert find_latest(tmp_path) is None
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint there \(weights alone are in .*/weights\); give"
+    ):
+        resolve(tmp_path)
+    assert resolve(tmp_path / "weights") == tmp_path / "weights" / "step_00000005"

@@ -16,6 +16,7 @@ SETTINGS = (
     "train.eval_interval=2",
     "train.eval_steps=3",
     "checkpoint.interval=2",
+    "checkpoint.weights_interval=2",
     "data.split=70,20,10",
 )
 
@@ -27,7 +28,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def run(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two stages and tensor ranks, with evaluations and checkpoints at steps 2 and 4."""
+    """A run of two stages and tensor ranks, with evaluations, checkpoints and weights alone at steps 2 and 4."""
     folder = tmp_path_factory.mktemp("run")
     layout = ("parallel.tensor=2", "parallel.pipeline=2")
     results = run_command(words(prefix, folder, *SETTINGS, *layout), ranks=4)
@@ -69,6 +70,16 @@ def test_it_is_what_the_run_reported(run: Path) -> None:
     assert loss_of("--load", f"{run}/checkpoints/step_00000002") == pytest.approx(reported[2], abs=2e-6)
     assert loss_of("--load", str(run), "--split", "test") == pytest.approx(test, abs=2e-6)
     assert abs(reported[4] - reported[2]) > 1e-3 and abs(reported[4] - test) > 1e-3, "they can be told apart"
+
+
+@pytest.mark.parametrize(("where", "step"), [("", 4), ("/step_00000002", 2)])
+def test_weights_alone_will_do(run: Path, where: str, step: int) -> None:
+    """Saved in bf16, they give the loss of the weights rounded to it."""
+    reported = {row["step"]: row["valid_loss"] for row in rows(run) if "valid_loss" in row}
+    found = loss_of("--load", f"{run}/weights{where}")
+    assert found == pytest.approx(reported[step], abs=0.005)
+    assert abs(found - reported[step]) > 2e-6, "rounded"
+    assert abs(reported[4] - reported[2]) > 0.02, "they can be told apart"
 
 
 def test_batches_and_tokens(run: Path, prefix: str) -> None:

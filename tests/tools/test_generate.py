@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_lite.checkpoint import Piece, Reader, resolve
+from megatron_lite.checkpoint import save as save_pieces
 from megatron_lite.config import build_config
 from megatron_lite.inference import generate as library
 from megatron_lite.tokenizers import ByteTokenizer, CharTokenizer
@@ -77,6 +79,40 @@ def test_greedy_text_of_one_prompt_and_of_several(run: Path) -> None:
 def test_any_folder_of_the_run_will_do(run: Path, where: str) -> None:
     arguments = ("--prompt", "a", "--temperature", 0, "--max-new-tokens", 9)
     assert call("--load", run / where, *arguments)[:2] == (0, joined(expected(run, ["a"], 9, temperature=0)))
+
+
+@pytest.mark.parametrize("where", ["weights", "weights/step_00000002"])
+def test_weights_alone_in_bf16_will_do(run: Path, tmp_path: Path, where: str) -> None:
+    """What `checkpoint.weights_interval` saves, beside a newer checkpoint of other weights."""
+    with Reader(resolve(run)) as reader:
+        metadata = reader.metadata
+        halves = {name: (reader.read(name) / 2).bfloat16() for name in reader.names()}
+    save_pieces(
+        tmp_path / "weights", 2, [Piece.whole(n, "weight", half) for n, half in halves.items()], metadata
+    )
+    save_model(make_model(make_config("llama")), make_config("llama"), tmp_path)
+    rounded = make_model(make_config("llama"))
+    for name, parameter in rounded.named_parameters():
+        parameter.data = halves[name].float()
+    tokenizer = CharTokenizer.load(run / "tokenizer.json")
+    prompt = tokenizer.encode("once")
+    limits = {"eod_id": tokenizer.eod_id, "vocab_size": tokenizer.vocab_size}
+    (new,) = library(rounded, [prompt], 20, temperature=0, **limits)  # type: ignore[arg-type]
+    text = tokenizer.decode(prompt + new) + "\n"
+    assert text != joined(expected(run, ["once"], 20, temperature=0)), "they can be told apart"
+    settings = ("--prompt", "once", "--temperature", 0, "--max-new-tokens", 20)
+    assert call("--load", tmp_path / where, *settings)[:2] == (0, text)
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_is_told(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert call("--load", run, "--prompt", "a", "--max-new-tokens", 1)[0] == 0
+    assert "is it the one" not in caplog.text
+    CharTokenizer.train([TEXT + "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"]).save(tmp_path / "more.json")
+    more = ("--tokenizer", f"char:{tmp_path}/more.json", "--max-new-tokens", 1)
+    assert call("--load", run, "--prompt", "A", *more)[0] == 0
+    assert "more.json has 68 ids and the model 61: is it the one the model was trained with?" in caplog.text
 
 
 def test_samples_follow_the_settings_and_not_the_batch_size(run: Path) -> None:
