@@ -96,6 +96,14 @@ def test_in_what_is_the_same_number(tmp_path: Path) -> None:
         Reader(path.parent)
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_in_a_reformatted_index(tmp_path: Path, indent: int | None) -> None:
+    path = save(tmp_path, 1, [Piece.whole("a", "weight", torch.ones(2))], {"lr": 1e-5}) / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=indent))
+    with pytest.raises(CheckpointError, match=r"index\.json does not match its own checksum"):
+        Reader(path.parent)
+
+
 def test_a_latest_of_an_older_release_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 3, 2):
         save_state(tmp_path, step, random_state(0))
