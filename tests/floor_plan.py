@@ -24,7 +24,8 @@ LEVELS = {
 SIBLINGS = {("corpus", "tokenizers"), ("corpus", "data")}
 SCRIPTS = {"tools", "benchmarks", "examples", "tests", "pretrain_gpt"}
 
-# Third-party (or compiled) module -> where in the repository it may be imported: a folder, or one file.
+# Module (third-party, compiled, or not safe), or function -> where in the repository it may be used: a folder, or one
+# file.
 DOORS = {
     "deepspeed": ("megatron_lite/training/engine.py", "megatron_lite/parallel/pipeline.py"),
     "sentencepiece": ("megatron_lite/tokenizers",),
@@ -38,6 +39,10 @@ DOORS = {
     "warcio": ("megatron_lite/corpus",),
     "transformers": ("megatron_lite/checkpoint",),
     "safetensors": ("megatron_lite/checkpoint",),
+    # A pickle runs code of whoever wrote it, so only one place reads any, with an unpickler that runs none.
+    "pickle": ("megatron_lite/checkpoint/foreign",),
+    "_pickle": ("megatron_lite/checkpoint/foreign",),
+    "torch.load": ("megatron_lite/checkpoint/foreign",),
     "flash_attn": ("megatron_lite/ops",),
     "flash_attn_interface": ("megatron_lite/ops",),
     "transformer_engine": ("megatron_lite/ops",),
@@ -84,7 +89,7 @@ def check_source(path: str, source: str) -> list[str]:
 
 
 def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
-    """`(line, names)` of every import, function-level and `import_module("…")` ones included.
+    """`(line, names)` of every import, function-level and `import_module("…")` ones and functions with doors included.
 
     One list holds the names that one import may mean: `from a import b` is `["a.b", "a"]`, since `b` may be
     a module. Relative imports come out absolute.
@@ -99,6 +104,9 @@ def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
             base = ".".join([*start, *([node.module] if node.module else [])])
             for alias in node.names:
                 yield node.lineno, [f"{base}.{alias.name}", base]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (name := f"{node.value.id}.{node.attr}") in DOORS:
+                yield node.lineno, [name]
         elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
             first = node.args[0] if node.args else None
             if isinstance(first, ast.Constant) and isinstance(first.value, str):

@@ -53,6 +53,11 @@ def test_the_tree_follows_the_floor_plan() -> None:
         ("megatron_lite/corpus/x.py", "import sentencepiece as spm", "imports sentencepiece, whose door is"),
         ("tools/convert_checkpoint.py", "from transformers import AutoModel", "imports transformers, whose"),
         ("megatron_lite/training/x.py", "from safetensors.torch import load", "imports safetensors, whose"),
+        ("megatron_lite/checkpoint/reader.py", "import pickle", "imports pickle, whose door is"),
+        ("megatron_lite/training/x.py", "from pickle import loads", "imports pickle, whose door is"),
+        ("tools/x.py", "import _pickle", "imports _pickle, whose door is"),
+        ("tools/x.py", "import torch\ntorch.load('x')", "x.py:2: imports torch.load, whose door is"),
+        ("megatron_lite/checkpoint/x.py", "from torch import load", "imports torch.load, whose door is"),
         ("megatron_lite/model/x.py", "import flash_attn", "imports flash_attn, whose door is"),
         (
             "megatron_lite/model/x.py",
@@ -109,6 +114,7 @@ def test_a_violation_is_found(path: str, source: str, problem: str) -> None:
             "def load():\n    import tokenizers, tiktoken, sentencepiece",
         ),
         ("megatron_lite/checkpoint/store.py", "import torch\nfrom safetensors import safe_open"),
+        ("megatron_lite/checkpoint/foreign/x.py", "import pickle, torch\ntorch.load('x')"),
         (
             "megatron_lite/data/sample_index.py",
             "from . import _index\nfrom megatron_lite.data._index import f",
