@@ -65,10 +65,48 @@ class HostCopy:
                     torch.zeros(1, device="cuda")
 
 
-def available_bytes() -> int | None:
-    """Host memory that can be taken without swapping; None where the system does not tell."""
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Host memory that can be taken without swapping, or being killed for it; None where the system does not tell.
+
+    It is what the machine has, and no more than each control group (a container, a SLURM job) still allows.
+    """
     try:
-        text = Path("/proc/meminfo").read_text()
-        return int(text.partition("MemAvailable:")[2].split()[0]) << 10
+        text = (root / "proc/meminfo").read_text()
+        free = int(text.partition("MemAvailable:")[2].split()[0]) << 10
     except (OSError, IndexError, ValueError):
         return None
+    return min([free, *_left_by_groups(root)])
+
+
+# Of control groups of version 2 and 1: limit, what is in use of it, and in memory.stat the page cache in that which
+# gives way before anything is killed.
+_GROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+_GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _left_by_groups(root: Path) -> list[int]:
+    """What the process's control groups leave: its own one, and all that this one is in, as each has a limit."""
+    left = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        (limit, usage, cache), mount = (_GROUP_V1, "memory") if controllers else (_GROUP_V2, "")
+        top = root / "sys/fs/cgroup" / mount
+        own = top / path.lstrip("/")
+        for group in (own, *own.parents):
+            # No such folder: a container may see the machine's path, and of its folders only its own, as the top one.
+            with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
+                most, used = (int((group / name).read_text()) for name in (limit, usage))
+                stat = dict(line.split() for line in _lines(group / "memory.stat"))
+                left.append(max(0, most - used + int(stat.get(cache, 0))))
+            if group == top:
+                break
+    return left
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,11 +1,12 @@
-"""The copy in host memory: the same bits, apart from what they were taken from, in memory that is kept."""
+"""The copy in host memory: the same bits, apart from what they were taken from, in memory that is kept; room for it."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_lite.checkpoint import Deferred, HostCopy, Piece
+from megatron_lite.checkpoint import Deferred, HostCopy, Piece, available_bytes
 
 
 def some_pieces(scale):
@@ -46,3 +47,78 @@ def test_from_a_gpu():
             assert copy.data.device.type == "cpu" and torch.equal(copy.data, piece.data.cpu())
     assert host._locked
     host.close()
+
+
+GIB = 1 << 30
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+def group_v2(limit, current=0, inactive_file=0):
+    stat = f"anon 7\nfile {8 * GIB}\ninactive_file {inactive_file}\nactive_file {8 * GIB}\n"
+    return {"memory.max": f"{limit}\n", "memory.current": f"{current}\n", "memory.stat": stat}
+
+
+def group_v1(limit, usage=0, inactive_file=0):
+    stat = f"cache 7\ninactive_file {9 * GIB}\ntotal_inactive_file {inactive_file}\n"
+    return {
+        "memory.limit_in_bytes": f"{limit}\n",
+        "memory.usage_in_bytes": f"{usage}\n",
+        "memory.stat": stat,
+    }
+
+
+POD = "/kubepods.slice/pod1/main"
+JOB = "5:cpu,cpuacct:/slurm\n4:memory:/slurm/job_1/step_0\n1:name=systemd:/init\n0::/init\n"
+UNLIMITED_V1 = (1 << 63) - 4096
+
+
+@pytest.mark.parametrize(
+    ("groups", "tree", "left"),
+    [
+        (None, {}, 100 * GIB),
+        ("0::/\n", {}, 100 * GIB),
+        ("0::/\n", {V2: group_v2(64 * GIB, 10 * GIB)}, 54 * GIB),
+        ("0::/\n", {V2: group_v2(64 * GIB, 10 * GIB, 4 * GIB)}, 58 * GIB),
+        ("0::/\n", {V2: group_v2("max", 10 * GIB)}, 100 * GIB),
+        ("0::/\n", {V2: group_v2(200 * GIB, 10 * GIB)}, 100 * GIB),
+        ("0::/\n", {V2: group_v2(GIB, 2 * GIB)}, 0),
+        # The limit is one of a group above the process's own, or the container sees no other than its own.
+        (f"0::{POD}\n", {V2 + POD: group_v2("max"), V2 + "/kubepods.slice/pod1": group_v2(6 * GIB)}, 6 * GIB),
+        (
+            f"0::{POD}\n",
+            {V2 + POD: group_v2(9 * GIB), V2 + "/kubepods.slice": group_v2(6 * GIB, GIB)},
+            5 * GIB,
+        ),
+        (f"0::{POD}\n", {V2: group_v2(3 * GIB)}, 3 * GIB),
+        ("0::/../other\n", {V2: group_v2(3 * GIB)}, 3 * GIB),
+        (JOB, {V1 + "/slurm/job_1": group_v1(8 * GIB, 3 * GIB, GIB), V2: group_v2(GIB)}, GIB),
+        (JOB, {V1 + "/slurm/job_1": group_v1(8 * GIB, 3 * GIB, GIB)}, 6 * GIB),
+        (JOB, {V1 + "/slurm/job_1/step_0": group_v1(UNLIMITED_V1), V1: group_v1(UNLIMITED_V1)}, 100 * GIB),
+        (JOB, {V1: group_v1(8 * GIB)}, 8 * GIB),
+        (JOB, {V1 + "/slurm": {"memory.limit_in_bytes": "1"}}, 100 * GIB),
+    ],
+)
+def test_what_control_groups_leave(tmp_path, groups, tree, left):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {100 << 20} kB\nBuffers: 1 kB\n")
+    if groups is not None:
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+    for folder, files in tree.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text)
+    assert available_bytes(tmp_path) == left
+
+
+def test_a_system_that_does_not_tell(tmp_path):
+    assert available_bytes(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    for text in ("", "MemAvailable:", "MemAvailable: many kB"):
+        (tmp_path / "proc/meminfo").write_text(text)
+        assert available_bytes(tmp_path) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells")
+def test_this_system_tells():
+    available = available_bytes()
+    assert available is not None and 0 < available < 1 << 50

@@ -98,7 +98,7 @@ def test_a_model_larger_than_memory_is_checked_as_far_as_it_can_be(tmp_path, mon
     model, step = ours("llama-gqa", tmp_path / "run")
     export_huggingface(step, tmp_path / "hf")
     monkeypatch.setattr(check, "compare_logits", lambda *_: pytest.fail("memory would not be enough"))
-    monkeypatch.setattr(check, "available_memory", lambda: 4 * model.parameter_count())
+    monkeypatch.setattr(check, "available_bytes", lambda: 4 * model.parameter_count())
     lines = check_export(step, tmp_path / "hf")
     assert (
         "bit by bit" in lines[0]

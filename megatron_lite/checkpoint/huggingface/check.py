@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.host import available_bytes
 from megatron_lite.checkpoint.huggingface.config import from_huggingface
 from megatron_lite.checkpoint.huggingface.exporting import model_config, rounded
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, Folder, read_json
@@ -39,7 +40,7 @@ def check_export(source: Path, exported: Path, tokenizer: str | None = None) -> 
     lines = [check_round_trip(source, exported)]
     with Reader(source) as reader:
         needed = round(MEMORY_FACTOR * 4 * model_config(reader).parameter_count())
-    available = available_memory()
+    available = available_bytes()
     if importlib.util.find_spec("transformers") is None:
         lines.append("not checked: transformers is not installed (pip install 'megatron_lite[hf]')")
     elif available is not None and needed > available:
@@ -77,19 +78,6 @@ def reader_notes(config: dict[str, Any]) -> list[str]:
     if kind == "llama3" and config["model_type"] in ("qwen2", "qwen3"):
         notes.append("llama.cpp knows rotary scaling of type llama3 in Llama and Mistral models only")
     return notes
-
-
-def available_memory() -> int | None:
-    """Bytes that are free on this machine, and allowed to its container; None where Linux does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or "max"
-        return free
 
 
 def check_round_trip(source: Path, exported: Path) -> str:
