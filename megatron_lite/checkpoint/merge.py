@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import Deferred, write_atomically
-from megatron_lite.checkpoint.huggingface.exporting import rounded, write_weights
+from megatron_lite.checkpoint.files import Deferred
+from megatron_lite.checkpoint.huggingface.exporting import check_free, rounded, write_weights
 from megatron_lite.checkpoint.reader import Reader
 
 MODEL = "model_config.json"
@@ -27,16 +25,11 @@ def merge(
     Raises:
         CheckpointError: `target` holds weights already, or a weight is too large for `dtype`.
     """
-    if list(target.glob("*.safetensors")):
-        raise CheckpointError(f"{target} holds safetensors files already; give an empty folder")
+    check_free(target)
     with Reader(source) as reader:
-        target.mkdir(parents=True, exist_ok=True)
         tensors = {name: _deferred(reader, name, dtype or reader.dtype(name)) for name in reader.names()}
-        files = write_weights(target, tensors, file_bytes)
         model = reader.metadata.get("config", {}).get("model")
-    if model is not None:
-        write_atomically(target / MODEL, (json.dumps(model, indent=2) + "\n").encode())
-    return files
+        return write_weights(target, tensors, file_bytes, {} if model is None else {MODEL: model})
 
 
 def _deferred(reader: Reader, name: str, dtype: torch.dtype) -> Deferred:

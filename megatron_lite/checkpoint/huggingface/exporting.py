@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,16 @@ from typing import Any
 import torch
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import Deferred, write_atomically, write_safetensors
+from megatron_lite.checkpoint.files import Deferred, fsync_directory, write_atomically, write_safetensors
 from megatron_lite.checkpoint.huggingface.config import to_huggingface
-from megatron_lite.checkpoint.huggingface.folder import CONFIG, GENERATION_CONFIG, SHARD_INDEX, SINGLE
+from megatron_lite.checkpoint.huggingface.folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    SHARD_INDEX,
+    SINGLE,
+    UNFINISHED,
+    read_json,
+)
 from megatron_lite.checkpoint.huggingface.tokenizer import export_tokenizer
 from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 from megatron_lite.checkpoint.reader import Reader
@@ -64,8 +72,7 @@ def export_huggingface(
     """
     with Reader(source) as reader:
         model = model_config(reader)
-        if list(target.glob("*.safetensors")):
-            raise CheckpointError(f"{target} holds safetensors files already; give an empty folder")
+        check_free(target)
         imported = reader.metadata.get("huggingface") or {}
         stored = dtype or reader.dtype("embed.weight")
         ids = {key: value for key, value in imported.get("config", {}).items() if key.endswith("_token_id")}
@@ -76,12 +83,12 @@ def export_huggingface(
         target.mkdir(parents=True, exist_ok=True)
         written = export_tokenizer(reader, tokenizer, target, model)
         config |= {key: value for key, value in written.ids.items() if config.get(key) is None}
-        files = write_weights(target, tensors, shard_bytes)
-    generation = imported.get("generation_config")
-    if generation is None:
-        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-    _write_json(target / GENERATION_CONFIG, generation)
-    _write_json(target / CONFIG, config)
+        generation = imported.get("generation_config")
+        if generation is None:
+            tokens = ("bos_token_id", "eos_token_id")
+            generation = {key: config[key] for key in tokens if config[key] is not None}
+        described = {GENERATION_CONFIG: generation, CONFIG: config}
+        files = write_weights(target, tensors, shard_bytes, described)
     return Exported(model, config, files, written.note)
 
 
@@ -125,8 +132,54 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch
     return narrow
 
 
-def write_weights(target: Path, tensors: dict[str, Deferred], shard_bytes: int) -> list[str]:
-    """Write the shards, and their index where they are several; their names. Nothing is left of a failed write."""
+def check_free(target: Path) -> None:
+    """Raise CheckpointError where `target` holds weights, unless an export that was cut short left them."""
+    left = _left_behind(target)
+    if any(file not in left for file in target.glob("*.safetensors")):
+        raise CheckpointError(f"{target} holds safetensors files already; give an empty folder")
+
+
+def write_weights(
+    target: Path, tensors: dict[str, Deferred], shard_bytes: int, described: dict[str, Any]
+) -> list[str]:
+    """Write the shards, their index where they are several, and `described`, JSON by file name; the shards' names.
+
+    Whatever kills it: no weights lie under their own names before all of them are on the disk, the index comes after
+    them, and the last of `described`, without which readers know no model, at the very end. The next export into
+    the folder clears away what is left. Where a tensor cannot be made, or the disk is full, nothing is left.
+    """
+    shards, total = _divided(tensors, shard_bytes)
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [SINGLE]
+    temporary = [target / f"{file}.tmp" for file in files]
+    target.mkdir(parents=True, exist_ok=True)
+    _remove(target.glob("model*.safetensors*.tmp"))  # of a run that was killed
+    try:
+        for path, shard in zip(temporary, shards, strict=True):
+            write_safetensors(path, shard, {"format": "pt"})
+        left = _left_behind(target)
+        _write_json(target / UNFINISHED, {"weights": sorted({*files, *(file.name for file in left)})})
+    except BaseException:
+        _remove(temporary)
+        raise
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        described = {SHARD_INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}} | described
+    # Another model's description, as a folder with its tokenizer has one, would make a model of the first shard.
+    _remove([*(target / name for name in described), target / SHARD_INDEX, *left])
+    fsync_directory(target)
+    for path in temporary:
+        os.replace(path, path.with_suffix(""))
+    fsync_directory(target)
+    for name, content in described.items():
+        _write_json(target / name, content)
+    _remove([target / UNFINISHED])
+    return files
+
+
+def _divided(tensors: dict[str, Deferred], shard_bytes: int) -> tuple[list[dict[str, Deferred]], int]:
+    """The tensors of each shard, and the bytes of all."""
     shards: list[dict[str, Deferred]] = [{}]
     filled = total = 0
     for name, tensor in tensors.items():
@@ -136,21 +189,21 @@ def write_weights(target: Path, tensors: dict[str, Deferred], shard_bytes: int) 
             filled = 0
         shards[-1][name] = tensor
         filled, total = filled + size, total + size
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [SINGLE]
-    try:
-        for file, shard in zip(files, shards, strict=True):
-            write_safetensors(target / file, shard, {"format": "pt"})
-    except BaseException:
-        for file in files:
-            (target / file).unlink(missing_ok=True)
-        raise
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        _write_json(target / SHARD_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return files
+    return shards, total
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _left_behind(target: Path) -> list[Path]:
+    """Weights under their own names that an export was killed with, before the last of their description."""
+    if not (target / UNFINISHED).is_file():
+        return []
+    names = read_json(target / UNFINISHED).get("weights", [])
+    return [file for file in target.glob("*.safetensors") if file.name in names]
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

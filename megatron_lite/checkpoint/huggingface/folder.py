@@ -18,6 +18,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
+UNFINISHED = "unfinished_export.json"  # there while an export gives its weights their own names
 # Buffers that old releases of transformers saved beside the weights: made anew from the configuration.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -95,7 +96,9 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         yield folder / SINGLE
     else:
         remedy = "is it a model folder?"
-        if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
+        if (folder / UNFINISHED).is_file():
+            remedy = "an export into it was cut short; export again"
+        elif list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
             remedy = "save it as safetensors: pickled .bin files are not read"
         elif others := sorted(path.name for path in folder.glob("*.safetensors")):
             remedy = f"{others[0]} is another layout; take the folder in transformers' own"
