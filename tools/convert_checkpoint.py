@@ -38,7 +38,7 @@ from megatron_lite.config import load_config
 
 _SOURCES = {
     "own": "a checkpoint of ours",
-    "hf": "a Hugging Face folder",
+    "hugging_face": "a Hugging Face folder",
     "foreign": "a checkpoint of Megatron-LM or DeepSpeed",
 }
 # What each option is for: kinds of --to, or of what --load names where that is "megatron_lite".
@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
             to_huggingface(options)
         elif options.to == "safetensors":
             to_safetensors(options)
-        elif source == "hf":
-            from_huggingface(options.load, options.save)
+        elif source == "hugging_face":
+            from_huggingface(options)
         elif source == "foreign":
             from_foreign(options)
         else:
@@ -94,7 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no-check",
         action="store_true",
-        help="do not verify what is read, nor read an export back and compare it",
+        help="do not verify what is read, nor read back what is written",
     )
     parser.add_argument("--dtype", choices=tuple(EXPORT_DTYPES), help="of the weights; as they are stored")
     parser.add_argument("--shard-gb", type=float, metavar="GB", help="most of it in one file (5)")
@@ -130,7 +130,7 @@ def source_of(path: Path) -> str:
     if find_foreign(path) is not None:
         return "foreign"
     ours = (path / "index.json").is_file() or (path / "checkpoints").is_dir()
-    return "hf" if (path / "config.json").is_file() and not ours else "own"
+    return "hugging_face" if (path / "config.json").is_file() and not ours else "own"
 
 
 def check_options(options: argparse.Namespace, source: str) -> None:
@@ -232,13 +232,14 @@ def to_huggingface(options: argparse.Namespace) -> None:
             print(line)
 
 
-def from_huggingface(load: Path, save: Path) -> None:
-    step = import_huggingface(load, save)
+def from_huggingface(options: argparse.Namespace) -> None:
+    step = import_huggingface(options.load, options.save)
     with Reader(step) as reader:
-        reader.verify()
+        if not options.no_check:
+            reader.verify()
         print(f"{step}: {len(reader.names())} parameters, weights only")
-    tokenizer = tokenizer_of(load.resolve())
-    settings = f"--set checkpoint.load={save} --set checkpoint.weights_only=true"
+    tokenizer = tokenizer_of(options.load.resolve())
+    settings = f"--set checkpoint.load={options.save} --set checkpoint.weights_only=true"
     if tokenizer is None:
         print("tokenizer: none in the folder that we read")
     else:

@@ -176,6 +176,37 @@ def test_options_without_effect_are_errors(run, tmp_path, capsys, to, flags, say
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dtype", "bf16"],
+        ["--shard-gb", "0.0001"],
+        ["--family", "llama"],
+        ["--tokenizer", "byte"],
+        ["--tensor", "2"],
+        ["--weights-only"],
+        ["--config", "x"],
+    ],
+)
+def test_an_import_from_hugging_face_takes_no_options(tmp_path, capsys, flags):
+    """They are told apart from those of an export."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    assert convert(tmp_path / "theirs", "megatron_lite", tmp_path / "out", *flags) == 2
+    says = f"{flags[0]} has no effect with --to megatron_lite from a Hugging Face folder"
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-check"]])
+def test_what_is_imported_is_read_back_unless_unasked(run, tmp_path, monkeypatch, flags):
+    assert convert(run, "hf", tmp_path / "hf", "--no-check") == 0
+    verified = []
+    monkeypatch.setattr(Reader, "verify", lambda reader: verified.append(reader.path))
+    assert convert(tmp_path / "hf", "megatron_lite", tmp_path / "back", *flags) == 0
+    assert verified == ([] if flags else [resolve(tmp_path / "back")])
+
+
 def test_layouts_are_for_our_checkpoints(tmp_path, capsys):
     source = write_torch_dist(tmp_path / "megatron", plain(), PLAIN)
     assert convert(source, "megatron_lite", tmp_path / "out", "--tensor", "2") == 2
