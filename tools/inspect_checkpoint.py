@@ -145,10 +145,11 @@ def tree_of(parameters: list[dict[str, Any]]) -> Iterator[str]:
     for prefix, entries in itertools.groupby(parameters, key=lambda entry: split(entry["name"])[0]):
         rows = [(split(entry["name"])[1], values_of(entry)) for entry in entries]
         groups.append((prefix, rows))
+    # Names between numbers, numbers between names: each is compared with its like.
     groups.sort(
-        key=lambda group: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", group[0])]
+        key=lambda group: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", group[0])]
     )
-    for _, alike in itertools.groupby(groups, key=lambda group: group[1]):
+    for _, alike in itertools.groupby(groups, key=lambda group: (kind_of(group[0]), group[1])):
         same = list(alike)
         prefix, rows = same[0]
         if prefix:
@@ -163,6 +164,11 @@ def split(name: str) -> tuple[str, str]:
     """A name's block ("blocks.3") and the rest."""
     match = _BLOCK.fullmatch(name)
     return (match[1], match[2]) if match else ("", name)
+
+
+def kind_of(prefix: str) -> str:
+    """What the blocks of a row have in common: their names without the last number."""
+    return re.sub(r"\d+$", "", prefix)
 
 
 def values_of(entry: dict[str, Any]) -> str:

@@ -6,14 +6,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.huggingface import from_huggingface, rules
-from megatron_lite.checkpoint.huggingface.folder import CONFIG, SHARD_INDEX, SINGLE, Folder, read_json
+from megatron_lite.checkpoint.huggingface.folder import (
+    CONFIG,
+    SHARD_INDEX,
+    SINGLE,
+    Folder,
+    open_weights,
+    read_json,
+    weight_files,
+)
 from megatron_lite.checkpoint.layout import KINDS
 from megatron_lite.checkpoint.reader import Reader, resolve
 
@@ -85,44 +91,27 @@ class Plain:
     """Safetensors files by the names that are in them; those of a folder together."""
 
     def __init__(self, path: Path) -> None:
-        files = [path] if path.is_file() else list(_files(path))
+        files = [path] if path.is_file() else weight_files(path)
         self._files: dict[str, Path] = {}
         for file in files:
-            with _opened(file) as opened:
+            with open_weights(file) as opened:
                 self._files |= dict.fromkeys(opened.keys(), file)
 
     def names(self, kind: str) -> list[str]:
         return sorted(self._files) if kind == "weight" else []
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with _opened(self._files[name]) as opened:
+        with open_weights(self._files[name]) as opened:
             return tuple(opened.get_slice(name).get_shape())
 
     def dtype(self, name: str, kind: str) -> torch.dtype:
-        with _opened(self._files[name]) as opened:
+        with open_weights(self._files[name]) as opened:
             dtype: torch.dtype = opened.get_tensor(name).dtype
         return dtype
 
     def blocks(self, name: str, kind: str) -> Iterator[torch.Tensor]:
-        with _opened(self._files[name]) as opened:
+        with open_weights(self._files[name]) as opened:
             yield from opened.get_tensor(name).reshape(-1).split(BLOCK)
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error})") from error
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    if (folder / SHARD_INDEX).is_file():
-        for file in sorted(set(read_json(folder / SHARD_INDEX).get("weight_map", {}).values())):
-            if Path(file).name != file:
-                raise CheckpointError(f'{folder / SHARD_INDEX} names "{file}", which is not in its folder')
-            yield folder / file
-    else:
-        yield folder / SINGLE
 
 
 def is_plain(path: Path) -> bool:
@@ -159,7 +148,8 @@ class Difference:
 
     Attributes:
         count: elements that are not equal, of `numel` compared; two that are no number are equal.
-        absolute: the largest difference of two elements; infinite where one of them is not a finite number.
+        absolute: the largest difference of two elements; infinite where one of them is not a finite number, or
+            where shapes differ.
         relative: that over the largest element of the first set's (1 where that is 0 and they differ).
         note: why they were not compared, or what of them was not; "" where all was.
     """
@@ -174,7 +164,7 @@ class Difference:
 
     @property
     def differs(self) -> bool:
-        return self.count > 0 or self.numel == 0
+        return self.count > 0 or self.absolute > 0
 
 
 def one_sided(first: Tensors, second: Tensors) -> tuple[list[str], list[str]]:
@@ -197,10 +187,10 @@ def _compare(first: Tensors, second: Tensors, name: str, kind: str) -> Differenc
     if shapes[0] != shapes[1]:
         note = f"shape {list(shapes[0])} and {list(shapes[1])}"
         one_lacks_padding = isinstance(first, Translated) != isinstance(second, Translated)
-        if not (one_lacks_padding and name in _VOCABULARY and shapes[0][1] == shapes[1][1]):
+        if not (one_lacks_padding and name in _VOCABULARY and shapes[0][1:] == shapes[1][1:]):
             return Difference(name, kind, 0, 0, math.inf, math.inf, note)
         rows = [shape[0] for shape in shapes]
-        numel, note = min(rows) * shapes[0][1], f"{min(rows)} of {max(rows)} rows"
+        numel, note = min(rows) * math.prod(shapes[0][1:]), f"{min(rows)} of {max(rows)} rows"
     at = count = 0
     absolute = largest = 0.0
     for ours, theirs in zip(first.blocks(name, kind), second.blocks(name, kind), strict=False):
@@ -210,7 +200,8 @@ def _compare(first: Tensors, second: Tensors, name: str, kind: str) -> Differenc
         if unequal.any():
             difference = (ours - theirs).abs().nan_to_num(math.inf, math.inf)[unequal]
             absolute = max(absolute, float(difference.max()))
-        largest = max(largest, float(ours.abs().nan_to_num(0, 0).max()))
+        if ours.numel():
+            largest = max(largest, float(ours.abs().nan_to_num(0, 0).max()))
         at += ours.numel()
         if at == numel:
             break

@@ -200,6 +200,41 @@ def test_plain_files_are_shown_too(tmp_path, capsys):
     assert "y.safetensors cannot be read" in capsys.readouterr().err
 
 
+def test_blocks_of_different_kinds_are_told_apart(tmp_path, capsys):
+    """An encoder and a decoder whose blocks look the same, as other systems name them."""
+    names = [f"{kind}.{layer}.norm" for kind in ("decoder", "encoder") for layer in range(11)]
+    safetensors.torch.save_file({name: torch.ones(2) for name in names}, tmp_path / "x.safetensors")
+    assert main([str(tmp_path / "x.safetensors")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "alike" in line]
+    assert said == ["decoder.0 … decoder.10 (11 alike)", "encoder.0 … encoder.10 (11 alike)"]
+
+
+def test_tensors_without_elements(tmp_path, capsys):
+    for name, shape in (("a", (0, 4)), ("b", (0, 4)), ("c", (0, 5))):
+        tensors = {"empty": torch.ones(shape), "w": torch.ones(2)}
+        safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
+    assert main([str(tmp_path / "a.safetensors"), "--norms"]) == 0
+    assert "float32   [0, 4]                |weight| 0\n" in capsys.readouterr().out
+    assert main([str(tmp_path / "a.safetensors"), "--diff", str(tmp_path / "b.safetensors")]) == 0
+    assert "every element of 2 tensors is the same" in capsys.readouterr().out
+    assert main([str(tmp_path / "a.safetensors"), "--diff", str(tmp_path / "c.safetensors")]) == 1
+    assert "empty: shape [0, 4] and [0, 5]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weight_map", ["[]", "{}", '{"a": 1}', '{"a": [2]}', "null"])
+def test_an_index_that_is_none(tmp_path, capsys, weight_map):
+    own = save_model(tmp_path / "run", "llama")
+    hf = tmp_path / "hf"
+    assert convert(["--load", str(own), "--save", str(hf), "--to", "hf", "--no-check"]) == 0
+    (hf / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    capsys.readouterr()
+    for arguments in ([str(hf)], [str(own), "--diff", str(hf)], [str(hf), "--diff", str(hf)]):
+        assert main(arguments) == 2
+        assert "index.json: weight_map does not say which file holds which" in capsys.readouterr().err
+    assert convert(["--load", str(hf), "--save", str(tmp_path / "back"), "--to", "megatron_lite"]) == 2
+    assert "index.json: weight_map does not say which file holds which" in capsys.readouterr().err
+
+
 def test_steps_of_one_run(tmp_path):
     first, second = save_small(tmp_path, 7), save_small(tmp_path, 9, **{"norm.weight": torch.ones(4)})
     assert resolve(tmp_path) == second

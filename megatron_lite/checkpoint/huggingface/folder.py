@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,8 @@ class Folder:
     def __init__(self, path: Path, model: ModelConfig) -> None:
         self.path, self.tied = path, model.tie_embeddings
         self._where: dict[str, tuple[Any, str]] = {}
-        for file in _weight_files(path):
-            try:
-                opened = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
+        for file in weight_files(path):
+            opened = open_weights(file)
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 # GPT-2 on the Hub was saved from the model without its head.
                 bare = name.startswith(("wte.", "wpe.", "h.", "ln_f."))
@@ -85,16 +82,29 @@ class Folder:
             )
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
+def open_weights(file: Path) -> Any:
+    """A safetensors file, mapped. Raises CheckpointError where it cannot be read."""
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises CheckpointError where it holds none, or names some elsewhere."""
     if (folder / SHARD_INDEX).is_file():
-        index = read_json(folder / SHARD_INDEX)
-        for file in sorted(set(index.get("weight_map", {}).values())):
-            if Path(file).name != file:
-                raise CheckpointError(f'{folder / SHARD_INDEX} names "{file}", which is not in its folder')
-            yield folder / file
-    elif (folder / SINGLE).is_file():
-        yield folder / SINGLE
-    else:
+        index = folder / SHARD_INDEX
+        named = read_json(index).get("weight_map")
+        files = list(named.values()) if isinstance(named, dict) else []
+        if not files or not all(isinstance(file, str) for file in files):
+            raise CheckpointError(
+                f"{index}: weight_map does not say which file holds which tensor; download it again"
+            )
+        for file in files:
+            if file in ("", "..") or Path(file).name != file:
+                raise CheckpointError(f'{index} names "{file}", which is not in its folder')
+        return [folder / file for file in sorted(set(files))]
+    if not (folder / SINGLE).is_file():
         remedy = "is it a model folder?"
         if (folder / UNFINISHED).is_file():
             remedy = "an export into it was cut short; export again"
@@ -103,6 +113,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         elif others := sorted(path.name for path in folder.glob("*.safetensors")):
             remedy = f"{others[0]} is another layout; take the folder in transformers' own"
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {SHARD_INDEX}; {remedy}")
+    return [folder / SINGLE]
 
 
 def read_json(path: Path) -> dict[str, Any]:
