@@ -26,7 +26,7 @@ from megatron_lite.training.allocator import set_cpu_allocator
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.metrics import Metrics, peak_memory_gib
 from megatron_lite.training.resilience import PeerWatch, RunFailed, StopSignals, check_finite
-from megatron_lite.training.saver import Saver
+from megatron_lite.training.saver import RankLost, Saver
 from megatron_lite.training.saving import (
     Progress,
     agreed_failure,
@@ -129,7 +129,7 @@ def _failed_saves_end_the_run() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise RunFailed(str(error)) from error
+        raise RunFailed(str(error), shared=not isinstance(error, RankLost)) from error
 
 
 def _due(interval: int | None, step: int, last: int) -> bool:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import Deferred, HostCopy, Piece, available_bytes, save
+from megatron_lite.checkpoint import CheckpointError, Deferred, HostCopy, Piece, available_bytes, save
 from megatron_lite.model.runtime import DTYPES
 from megatron_lite.training.engine import Engine
 from megatron_lite.training.saving import FOLDER, Progress, gather, metadata_of
@@ -22,6 +21,10 @@ from megatron_lite.training.saving import FOLDER, Progress, gather, metadata_of
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FOLDER = "weights"
+
+
+class RankLost(CheckpointError):
+    """Another rank died during a save, or could not be reached; those that are left raise it, each by itself."""
 
 
 class Saver:
@@ -34,7 +37,7 @@ class Saver:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._gather = partial(gather, group=dist.new_group(backend="gloo"))
+        self._group = dist.new_group(backend="gloo")
         self._host = HostCopy()
         self._fits: bool | None = None
         self._thread: threading.Thread | None = None
@@ -64,7 +67,8 @@ class Saver:
         """Returns when nothing is being saved.
 
         Raises:
-            CheckpointError: on every rank, where the save that ran failed; what was saved before is as it was.
+            CheckpointError: on every rank, where the save that ran failed; what was saved before is as it was. It is
+                `RankLost` where a rank died.
         """
         if self._thread is not None:
             self._thread.join()
@@ -91,9 +95,9 @@ class Saver:
             self._fits = config.checkpoint.async_save and self._has_room(pieces)
         if not full:
             pieces = [piece for piece in pieces if piece.kind == "weight"]
-        background = self._fits and not last
-        if background:
-            pieces = self._host.take(pieces)
+        background = False
+        if self._fits and not last and (copies := self._copied(pieces)) is not None:
+            pieces, background = copies, True
         metadata, step = metadata_of(self._engine, progress), progress.step  # it moves on meanwhile
         mesh, output, waited = self._engine.mesh, Path(config.train.output_dir), 0.0
 
@@ -123,6 +127,31 @@ class Saver:
         except BaseException as error:  # whatever it is, the step that finds it raises it
             self._error = error
 
+    def _gather(self, value: object) -> list[Any]:
+        """Every rank's value, in the group of the saves."""
+        try:
+            return gather(value, self._group)
+        except RuntimeError as error:  # gloo's word for a connection that is closed or silent
+            raise RankLost(
+                f"a save was not finished: another rank died meanwhile, or could not be reached ({error}): look for "
+                "its own message; earlier checkpoints are as they were, and the same command goes on from the newest"
+            ) from error
+
+    def _copied(self, pieces: list[Piece]) -> list[Piece] | None:
+        """The pieces, copied to host memory; None on every rank where it was refused to any. Collective."""
+        copies, fault = None, None
+        try:
+            copies = self._host.take(pieces)
+        except (MemoryError, OSError, RuntimeError) as error:  # torch raises the last
+            fault = f"{self._engine.mesh.describe()}: {str(error) or type(error).__name__}"
+        faults = [fault for fault in self._gather(fault) if fault is not None]
+        if faults and self._engine.mesh.rank == 0:
+            logger.warning(
+                "checkpoint.async_save: there is no memory for a copy of the state (%s): training waits for this save",
+                faults[0],
+            )
+        return None if faults else copies
+
     def _in_weights_precision(self, pieces: Iterable[Piece]) -> list[Piece]:
         dtype = DTYPES[self._engine.config.checkpoint.weights_precision]
 
@@ -133,20 +162,33 @@ class Saver:
         return [replace(piece, data=cast(piece.data)) for piece in pieces if piece.kind == "weight"]
 
     def _has_room(self, pieces: list[Piece]) -> bool:
-        """Whether every node has memory for its ranks' copies; half of what is free is left to others. Collective."""
+        """Whether every node has memory for its ranks' copies. Collective."""
         own = sum(piece.data.numel() * piece.data.dtype.itemsize for piece in pieces)
-        by_host: dict[str, list[tuple[int, int | None]]] = {}
-        for host, size, free in self._gather((socket.gethostname(), own, available_bytes())):
-            by_host.setdefault(host, []).append((size, free))
-        for host, ranks in by_host.items():
-            wanted = sum(size for size, _ in ranks)
-            least = min((free for _, free in ranks if free is not None), default=2 * wanted)
-            if 2 * wanted > least:
-                if self._engine.mesh.rank == 0:
-                    logger.warning(
-                        "checkpoint.async_save: a copy of the state takes %.1f GiB on %s, and %.1f are free: "
-                        "training will wait for each save",
-                        *(wanted / 2**30, host, least / 2**30),
-                    )
-                return False
-        return True
+        short = without_room(self._gather((socket.gethostname(), own, available_bytes())))
+        if short is not None and self._engine.mesh.rank == 0:
+            host, wanted, free = short
+            logger.warning(
+                "checkpoint.async_save: a copy of the state takes %.1f GiB on %s, and %.1f are free: "
+                "training will wait for each save",
+                *(wanted / 2**30, host, free / 2**30),
+            )
+        return short is None
+
+
+def without_room(ranks: Iterable[tuple[str, int, int | None]]) -> tuple[str, int, int] | None:
+    """The first node whose memory is short, what its ranks want together, and what is free; None where all have room.
+
+    Half of what is free is left to others. A node that does not tell what is free has room.
+
+    Args:
+        ranks: each rank's node, the bytes that it wants, and what it finds free there.
+    """
+    by_host: dict[str, list[tuple[int, int | None]]] = {}
+    for host, size, free in ranks:
+        by_host.setdefault(host, []).append((size, free))
+    for host, found in by_host.items():
+        wanted = sum(size for size, _ in found)
+        least = min((free for _, free in found if free is not None), default=2 * wanted)
+        if 2 * wanted > least:
+            return host, wanted, least
+    return None
