@@ -42,6 +42,11 @@ class BlockWriter:
             0,
             0,
         )  # the block that is being filled begins at `_begin`
+        self._pool = ThreadPoolExecutor(
+            _AT_ONCE
+        )  # which starts a thread only for a block that finds none idle
+        self._flight: deque[tuple[Future[None], Bytes]] = deque()
+        self._block = self._new_block()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             with suppress(OSError):
@@ -50,11 +55,6 @@ class BlockWriter:
         except OSError:
             os.close(self._file)
             raise
-        self._pool = ThreadPoolExecutor(
-            _AT_ONCE
-        )  # which starts a thread only for a block that finds none idle
-        self._flight: deque[tuple[Future[None], Bytes]] = deque()
-        self._block = self._new_block()
 
     def __enter__(self) -> BlockWriter:
         return self
@@ -70,7 +70,10 @@ class BlockWriter:
             os.close(self._file)
 
     def write(self, data: Bytes, crc: int = 0) -> int:
-        """Take the next bytes and carry a CRC-32 on over them, in the block, where the processor's cache has them."""
+        """Take the next bytes (1-D); their CRC-32, carried on: taken in the block, where the cache has them.
+
+        Raises OSError where the disk refused an earlier block.
+        """
         while data.size:
             part = self._block[self._filled : self._filled + data.size]
             np.copyto(
@@ -101,14 +104,17 @@ class BlockWriter:
         while data.size:
             try:
                 count = os.pwrite(self._file, data.data, begin)
+                if count == 0:
+                    raise OSError(errno.EIO, "the disk takes no more of it and does not say why")
                 data, begin = data[count:], begin + count
             except OSError as error:
-                if error.errno != errno.EINVAL or refused:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or refused:
                     raise
                 refused = True  # the rest of a write cut short, or a file system that wants another alignment
                 self._set_direct(False)
 
     def _finish(self) -> None:
+        assert self._begin + self._filled == self._size, "as many bytes as were announced"
         if self._filled:
             self._send()  # with what fills its last sector, cut off again below
         for sent, _ in self._flight:

@@ -1,9 +1,9 @@
 """index.json: what a checkpoint holds, where, and how to tell that it is whole.
 
-`{"checksum": "crc32:…", "content": {format, version, step, metadata, parameters, files}}`, where `parameters`
+`{"checksum":"crc32:…","content":{format, version, step, metadata, parameters, files}}`, where `parameters`
 maps each global name to its shape and sharded dimension, and `files` maps each file to its size, the
-checksum of its header, and its pieces in file order. The index is written last, so a folder that has one is
-complete.
+checksum of its header, and its pieces in file order. The checksum is of the bytes of `content` as they stand in the
+file. The index is written last, so a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from megatron_lite.checkpoint.layout import Span, Stored
 
 INDEX = "index.json"
 FORMAT = "megatron_lite"
-VERSION = 1
+VERSION = 2  # 1 had the checksum of the content with its keys sorted
+_HEAD = '{"checksum":"crc32:%08x","content":'
 
 
 def key_of(piece: Stored) -> str:
@@ -51,6 +52,10 @@ class FileEntry:
             "pieces": rows,
         }
 
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """The shape, and the dimension that is sharded, of each parameter that the file holds something of."""
+        return {piece.name: {"shape": list(piece.shape), "dim": piece.dim} for piece in self.pieces.values()}
+
     def sizes(self) -> list[int]:
         """Bytes of the pieces, in file order."""
         pieces = [self.pieces[key] for key in self.written.tensor_crcs]
@@ -75,6 +80,16 @@ class FileEntry:
         return cls(file, pieces, Written(entry["bytes"], entry["header_bytes"], entry["header_crc32"], crcs))
 
 
+def entry_to_text(entry: FileEntry) -> str:
+    """A file's entry, for another rank."""
+    return _text([entry.file, entry.to_json(), entry.parameters()])
+
+
+def entry_from_text(text: str) -> FileEntry:
+    """The entry that `entry_to_text` was given."""
+    return FileEntry.from_json(*json.loads(text))
+
+
 class Index(NamedTuple):
     """The content of index.json, as Python objects."""
 
@@ -85,21 +100,14 @@ class Index(NamedTuple):
 
 def write_index(folder: Path, index: Index) -> None:
     """Write index.json into `folder`. Raises ValueError where the metadata is not plain JSON."""
-    parameters = {}
+    parameters: dict[str, Any] = {}
     for entry in index.files:
-        for piece in entry.pieces.values():
-            parameters[piece.name] = {"shape": list(piece.shape), "dim": piece.dim}
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": index.step,
-        "metadata": index.metadata,
-        "parameters": parameters,
-        "files": {entry.file: entry.to_json() for entry in index.files},
-    }
-    # Through JSON once, so that what is summed is what a reader will have (integer keys become strings).
-    content = json.loads(json.dumps(content, allow_nan=False))
-    write_atomically(folder / INDEX, _text({"checksum": _checksum(content), "content": content}))
+        parameters |= entry.parameters()
+    head = {"format": FORMAT, "version": VERSION, "step": index.step, "metadata": index.metadata}
+    # A file at a time: of all the pieces of a large run at once, other threads, training's, would wait for seconds.
+    files = ",".join(f"{_text(entry.file)}:{_text(entry.to_json())}" for entry in index.files)
+    content = f'{_text(head | {"parameters": parameters})[:-1]},"files":{{{files}}}}}'.encode()
+    write_atomically(folder / INDEX, (_HEAD % zlib.crc32(content)).encode() + content + b"}")
 
 
 def read_index(folder: Path) -> Index:
@@ -112,8 +120,7 @@ def read_index(folder: Path) -> Index:
         data = path.read_bytes()
         whole = json.loads(data)
         content = whole["content"]
-        # As it was written, too: 1e-5 and 1E-5 are the same number, and not the same byte.
-        intact = whole["checksum"] == _checksum(content) and data == _text(whole)
+        version, intact = content["version"], _intact(data, whole)
     except FileNotFoundError:
         fault = "is not there, so the folder is no complete checkpoint (a save that was cut short?)"
         raise CheckpointError(f"{path} {fault}; use another step") from None
@@ -121,26 +128,32 @@ def read_index(folder: Path) -> Index:
         raise CheckpointError(f"{path} cannot be read ({error}); use another step or restore it") from error
     if not intact:
         raise CheckpointError(f"{path} does not match its own checksum; use another step or restore the file")
-    if content["format"] != FORMAT or content["version"] != VERSION:
-        found = f"{content['format']} version {content['version']}"
-        raise CheckpointError(f"{path} is {found}, and this release reads {FORMAT} version {VERSION}")
-    parameters = content["parameters"]
-    for file in content["files"]:
-        if file in ("", "..") or Path(file).name != file:
-            raise CheckpointError(
-                f'{path} names "{file}", which is not in its folder; do not load what others may have changed'
-            )
-    files = [FileEntry.from_json(file, entry, parameters) for file, entry in content["files"].items()]
-    return Index(content["step"], content["metadata"], files)
+    if content.get("format") != FORMAT or version not in (1, VERSION):
+        found = f"{content.get('format')} version {version}"
+        raise CheckpointError(f"{path} is {found}, and this release reads {FORMAT} up to version {VERSION}")
+    try:
+        step, metadata, parameters = content["step"], content["metadata"], content["parameters"]
+        files = [FileEntry.from_json(file, entry, parameters) for file, entry in content["files"].items()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of a checkpoint ({error!r}); use another step") from error
+    for entry in files:
+        if entry.file in ("", "..") or Path(entry.file).name != entry.file:
+            fault = f'{path} names "{entry.file}", which is not in its folder'
+            raise CheckpointError(f"{fault}; do not load what others may have changed")
+    return Index(step, metadata, files)
 
 
-def _text(whole: object) -> bytes:
-    return json.dumps(whole, separators=(",", ":")).encode()
+def _text(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _checksum(content: object) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return f"crc32:{zlib.crc32(text.encode()):08x}"
+def _intact(data: bytes, whole: dict[str, Any]) -> bool:
+    """Whether each byte is what was written: 1e-5 and 1E-5 are the same number, and not the same bytes."""
+    if whole["content"]["version"] == 1:
+        text = json.dumps(whole["content"], sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return data == _text(whole).encode() and whole["checksum"] == f"crc32:{zlib.crc32(text.encode()):08x}"
+    head = len(_HEAD % 0)
+    return data[:head] == (_HEAD % zlib.crc32(data[head:-1])).encode()
 
 
 def check_size(folder: Path, entry: FileEntry) -> str | None:

@@ -22,6 +22,7 @@ from megatron_lite.checkpoint.index import INDEX, check_bytes, check_size, key_o
 from megatron_lite.checkpoint.layout import (
     Span,
     Stored,
+    check_coverage,
     column_size,
     contiguous,
     overlaps,
@@ -98,7 +99,8 @@ class Reader:
         return DTYPES_BY_NAME[self._held(name, kind)[0][1].dtype]
 
     def verify(self, files: Iterable[str] | None = None) -> None:
-        """Read the files (all, or those named) through; CheckpointError names every damaged piece."""
+        """Read the files (all, or those named) through; CheckpointError names every piece damaged or missing."""
+        check_coverage(piece for entry in self._files.values() for piece in entry.pieces.values())
         wanted = self._files if files is None else files
         _raise_on(fault for file in wanted for fault in check_bytes(self.path, self._files[file]))
 

@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import (
-    DTYPE_NAMES,
-    Deferred,
-    fsync_directory,
-    write_safetensors,
-)
+from megatron_lite.checkpoint.files import Deferred
 from megatron_lite.checkpoint.huggingface import model_config
 from megatron_lite.checkpoint.huggingface.exporting import rounded
-from megatron_lite.checkpoint.index import FileEntry, Index, key_of, write_index
-from megatron_lite.checkpoint.layout import Piece, check_coverage, column_size, shard_numel, stored
-from megatron_lite.checkpoint.reader import Reader, write_latest
+from megatron_lite.checkpoint.layout import Piece, column_size, shard_numel
+from megatron_lite.checkpoint.reader import Reader
+from megatron_lite.checkpoint.store import save_files
 from megatron_lite.config import ModelConfig
 from megatron_lite.model.gpt import gpt_layers
 from megatron_lite.model.runtime import Runtime
@@ -69,7 +63,7 @@ def reshard(
 
     Raises:
         CheckpointError: the source does not say what its model is, and needs to; types that would lose what
-            training goes on from; the target is there already, or too large for the disk.
+            training goes on from; the target holds checkpoints already, or has too little room.
         ValueError: the model does not divide over the layout.
     """
     if dtype is not None and dtype != torch.float32 and not weights_only:
@@ -89,7 +83,7 @@ def reshard(
             "data": data,
             "written_by": "tools/convert_checkpoint.py",
         }
-        return write_files(target, reader.step, files, reader.metadata | {"layout": layout})
+        return save_files(target, reader.step, files, reader.metadata | {"layout": layout})
 
 
 def count_files(
@@ -179,45 +173,3 @@ class _Source:
             return rounded(part, dtype, shard.name)
 
         return Deferred(dtype or stored, (stop - start,), load)
-
-
-def write_files(target: Path, step: int, files: list[list[Piece]], metadata: dict[str, Any]) -> Path:
-    """Write a checkpoint of many files from one process, one after the other; its step folder.
-
-    It is under `target`/checkpoints, as a run's would be, and `latest` names it.
-
-    Raises:
-        CheckpointError: a checkpoint of the step is there, the disk has too little room, pieces do not add up.
-    """
-    final = target / "checkpoints" / f"step_{step:08d}"
-    temporary = final.with_name(final.name + ".tmp")
-    if final.exists():
-        raise CheckpointError(f"{final} is there already; give another folder")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(piece.data.numel() * piece.data.dtype.itemsize for pieces in files for piece in pieces)
-    free = shutil.disk_usage(final.parent).free
-    if size > free:
-        raise CheckpointError(
-            f"{target}: {size / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
-        )
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        entries = [_write_file(temporary, number, pieces) for number, pieces in enumerate(files)]
-        check_coverage(piece for entry in entries for piece in entry.pieces.values())
-        write_index(temporary, Index(step, metadata, entries))
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full
-        raise
-    fsync_directory(final.parent)
-    write_latest(final)
-    return final
-
-
-def _write_file(folder: Path, number: int, pieces: list[Piece]) -> FileEntry:
-    entries = [stored(piece, DTYPE_NAMES[piece.data.dtype]) for piece in pieces]
-    tensors = {key_of(entry): piece.data for entry, piece in zip(entries, pieces, strict=True)}
-    file = f"rank_{number:05d}.safetensors"
-    held = {key_of(entry): entry for entry in entries}
-    return FileEntry(file, held, write_safetensors(folder / file, tensors, {"format": "pt"}))

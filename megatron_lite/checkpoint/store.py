@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.files import DTYPE_NAMES, fsync_directory, write_safetensors
-from megatron_lite.checkpoint.index import FileEntry, Index, key_of, write_index
+from megatron_lite.checkpoint.index import (
+    FileEntry,
+    Index,
+    entry_from_text,
+    entry_to_text,
+    key_of,
+    write_index,
+)
 from megatron_lite.checkpoint.layout import Piece, check_coverage, stored
 from megatron_lite.checkpoint.reader import Reader, step_folders, step_of, write_latest
 
@@ -66,23 +73,66 @@ def save(
             raise CheckpointError(f"{final} was not saved: {phase}: {fault}; {remedy}") from cause
         return [value for value, _ in reports]
 
-    def prepare() -> None:
-        json.dumps(metadata, allow_nan=False)  # before gigabytes are written, not after
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
-        temporary.mkdir()
+    together("preparing the folder", lambda: _prepare(temporary, metadata) if rank == 0 else None)
+    # As text, which the ranks that have no use for it need not make objects of.
+    texts = together("writing the pieces", lambda: entry_to_text(_write_rank(temporary, rank, pieces)))
 
-    together("preparing the folder", lambda: prepare() if rank == 0 else None)
-    entries = together("writing the pieces", lambda: _write_rank(temporary, rank, pieces))
-    together(
-        "publishing", lambda: _publish(temporary, final, entries, step, metadata, keep) if rank == 0 else None
-    )
+    def publish() -> None:
+        _publish(temporary, final, Index(step, metadata, [entry_from_text(text) for text in texts]))
+        _tidy(final, keep)
+
+    together("publishing", lambda: publish() if rank == 0 else None)
     return final
 
 
+def save_files(target: Path, step: int, files: list[list[Piece]], metadata: dict[str, Any]) -> Path:
+    """Write a checkpoint of many ranks' files from one process, one after the other; its step folder.
+
+    It is under `target`/checkpoints, as a run's would be, and `latest` names it.
+
+    Raises:
+        CheckpointError: checkpoints are there already, the disk has too little room, pieces do not add up.
+        OSError: the disk refuses. Nothing is left then.
+    """
+    directory = target / "checkpoints"
+    final = directory / f"step_{step:08d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if directory.is_dir() and step_folders(directory):
+        raise CheckpointError(f"{directory} holds checkpoints already; give another folder")
+    size = sum(piece.data.numel() * piece.data.dtype.itemsize for pieces in files for piece in pieces)
+    _prepare(temporary, metadata)
+    try:
+        if size > (free := shutil.disk_usage(directory).free):
+            raise CheckpointError(
+                f"{target}: {size / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
+            )
+        entries = [_write_rank(temporary, number, pieces) for number, pieces in enumerate(files)]
+        _publish(temporary, final, Index(step, metadata, entries))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full
+        raise
+    return final
+
+
+def _prepare(temporary: Path, metadata: dict[str, Any]) -> None:
+    """Make the folder to write in, and remove what killed saves have left."""
+    json.dumps(metadata, allow_nan=False)  # before gigabytes are written, not after
+    directory = temporary.parent
+    if not directory.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
+        fsync_directory(directory.parent)
+    for leftover in directory.glob("step_*.tmp"):
+        try:
+            shutil.rmtree(leftover)
+        except OSError as error:
+            if leftover == temporary:
+                raise
+            log.warning("%s could not be removed: %s", leftover, error)  # it is in nobody's way
+    temporary.mkdir()
+
+
 def _write_rank(folder: Path, rank: int, pieces: Iterable[Piece]) -> FileEntry:
-    """Write this rank's file."""
+    """Write one rank's file."""
     held, tensors = {}, {}
     for piece in pieces:
         if piece.data.numel() == 0:
@@ -99,23 +149,36 @@ def _write_rank(folder: Path, rank: int, pieces: Iterable[Piece]) -> FileEntry:
     return FileEntry(file, held, write_safetensors(folder / file, tensors, {"format": "pt"}))
 
 
-def _publish(
-    temporary: Path, final: Path, entries: list[FileEntry], step: int, metadata: dict[str, Any], keep: int
-) -> None:
-    """Index the files, give the folder its name, point `latest` at it and drop what is no longer kept."""
-    check_coverage(piece for entry in entries for piece in entry.pieces.values())
-    write_index(temporary, Index(step, metadata, entries))
-    replaced = final.with_name(final.name + ".old")
+def _publish(temporary: Path, final: Path, index: Index) -> None:
+    """Index the files, give the folder its name and point `latest` at it."""
+    check_coverage(piece for entry in index.files for piece in entry.pieces.values())
+    write_index(temporary, index)
+    replaced = _replaced(final)
     if final.exists():
         if replaced.exists():
             _remove(replaced)
         os.replace(final, replaced)
-    os.replace(temporary, final)
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, final)
+        raise
     fsync_directory(final.parent)
     write_latest(final)
+
+
+def _replaced(folder: Path) -> Path:
+    """The name of a step folder while a new save of its step takes its place."""
+    return folder.with_name(folder.name + ".old")
+
+
+def _tidy(final: Path, keep: int) -> None:
+    """Remove what the save of `final` replaced, or one before that was killed, and what is no longer kept."""
     try:
-        if replaced.exists():
-            _remove(replaced)
+        for folder in step_folders(final.parent):
+            if _replaced(folder).exists():
+                _remove(_replaced(folder))
         if keep:
             _retain(final, keep)
     except OSError as error:  # the save itself is done

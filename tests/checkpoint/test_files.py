@@ -117,13 +117,54 @@ def test_room_for_all_of_it_is_asked_for_before_anything_is_written(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
-def test_a_disk_that_fails_on_the_way_is_heard(tmp_path, monkeypatch):
-    def fail(file, data, begin):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "pwrite", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_disk_that_fails_on_the_way_is_heard(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(os, "pwrite", raising(code))
+    with pytest.raises(OSError, match=os.strerror(code)):
         write_safetensors(tmp_path / "x", {"a": torch.zeros(30), "b": torch.zeros(2)})
+
+
+def test_a_disk_that_takes_nothing_is_heard(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda file, data, begin: 0)
+    with pytest.raises(OSError, match="takes no more of it"):
+        write_safetensors(tmp_path / "x", {"a": torch.zeros(30)})
+
+
+def test_the_page_cache_is_passed_by(tmp_path, monkeypatch):
+    """Where the file system can, and until the last bytes."""
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY | os.O_DIRECT))
+    except OSError as error:
+        pytest.skip(f"this file system cannot: {error}")
+    seen, write = [], os.pwrite
+
+    def spy(file, data, begin):
+        seen.append(bool(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT))
+        return write(file, data, begin)
+
+    monkeypatch.setattr(os, "pwrite", spy)
+    write_safetensors(tmp_path / "x", {"a": torch.zeros(3_000_000)})
+    assert seen == [True] * 3
+
+
+def test_no_file_stays_open(tmp_path, monkeypatch):
+    def count():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = count()
+    for call, code in (("mmap.mmap", errno.ENOMEM), ("os.pwrite", errno.EIO), ("os.fsync", errno.EIO)):
+        with monkeypatch.context() as patch:
+            patch.setattr(call, raising(code))
+            with pytest.raises(OSError, match=os.strerror(code)):
+                write_safetensors(tmp_path / call, {"a": torch.zeros(30)})
+    assert count() == before
+
+
+def raising(code):
+    def call(*_):
+        raise OSError(code, os.strerror(code))
+
+    return call
 
 
 def test_a_dtype_without_a_name_is_refused_before_anything_is_written(tmp_path):

@@ -1,8 +1,11 @@
 """Any layout reads what any other wrote, bit for bit."""
 
 import itertools
+import json
 import os
 import random
+import shutil
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 from megatron_lite.checkpoint import KINDS, CheckpointError, Piece, Reader, find_latest, resolve, save
 from megatron_lite.checkpoint.index import read_index, write_index
+from megatron_lite.checkpoint.store import save_files
 from tests.checkpoint.ranks import SHAPES, cut, layout, random_state, save_state
 
 LAYOUTS = [(1, 1, 1, 0), (2, 2, 2, 1), (4, 1, 3, 2), (1, 3, 5, 3), (2, 1, 4, 3), (4, 2, 1, 1), (1, 1, 7, 1)]
@@ -194,11 +198,69 @@ def test_reading_into_a_tensor_of_any_type_and_stride(tmp_path, dtype, monkeypat
 
 
 def test_an_index_of_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_lite.checkpoint.index.VERSION", 2)
+    monkeypatch.setattr("megatron_lite.checkpoint.index.VERSION", 3)
     path = save_state(tmp_path, 1, random_state(0))
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="is megatron_lite version 2, and this release reads"):
+    with pytest.raises(CheckpointError, match="is megatron_lite version 3, and this release reads"):
         Reader(path)
+
+
+def test_an_index_of_version_1_is_read_and_checked(tmp_path):
+    """It had the checksum of the content with its keys sorted."""
+    path = (
+        save(tmp_path, 1, [Piece.whole("a", "weight", torch.arange(5.0))], {"lr": 1e-5, "b": 1})
+        / "index.json"
+    )
+    content = json.loads(path.read_text())["content"] | {"version": 1}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    whole = {"checksum": f"crc32:{zlib.crc32(text.encode()):08x}", "content": content}
+    path.write_text(json.dumps(whole, separators=(",", ":")))
+    with Reader(path.parent) as reader:
+        reader.verify()
+        assert reader.read("a").tolist() == [0, 1, 2, 3, 4] and reader.metadata == {"lr": 1e-5, "b": 1}
+    for old, new in (("1e-05", "1E-05"), ('"b":1', '"b":2')):
+        changed = path.read_text().replace(old, new)
+        assert changed != path.read_text()
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "index.json").write_text(changed)
+        with pytest.raises(CheckpointError, match="does not match its own checksum"):
+            Reader(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.clear(),
+        lambda content: content.pop("files"),
+        lambda content: content.update(files=[]),
+        lambda content: content["files"]["rank_00000.safetensors"].pop("pieces"),
+        lambda content: content["parameters"].clear(),
+        lambda content: content["files"]["rank_00000.safetensors"]["pieces"][0].pop(),
+    ],
+)
+def test_an_index_that_is_none_is_passed_over(tmp_path, caplog, change):
+    """Whoever wrote it, with a checksum that is right."""
+    for step in (1, 2):
+        save(tmp_path, step, [Piece.whole("a", "weight", torch.ones(5))], {})
+    path = tmp_path / "step_00000002" / "index.json"
+    content = json.loads(path.read_text())["content"]
+    change(content)
+    text = json.dumps(content)
+    path.write_text(f'{{"checksum":"crc32:{zlib.crc32(text.encode()):08x}","content":{text}}}')
+    assert find_latest(tmp_path) == tmp_path / "step_00000001"
+    assert "step_00000002 cannot be used" in caplog.text
+
+
+def test_a_gap_behind_an_overlap_is_found(tmp_path):
+    """As many elements as there should be, some of them twice; no save of ours writes it."""
+    halves = [Piece("a", "weight", (6,), None, 0, 0, at, torch.ones(3)) for at in (0, 3)]
+    path = save_files(tmp_path, 1, [[half] for half in halves], {})
+    index = read_index(path)
+    index.files[1] = replace(index.files[0], file="rank_00001.safetensors")
+    write_index(path, index)
+    shutil.copy(path / "rank_00000.safetensors", path / "rank_00001.safetensors")
+    with Reader(path) as reader, pytest.raises(CheckpointError, match=r"a .weight.: .* 0:3 is there twice"):
+        reader.verify()
 
 
 def test_latest_falls_back_and_says_why(tmp_path, caplog):

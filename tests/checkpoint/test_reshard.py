@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_lite.checkpoint import KINDS, CheckpointError, Piece, Reader, find_latest, resolve, save
+from megatron_lite.checkpoint import KINDS, CheckpointError, Piece, Reader, find_latest, resolve, save, store
 from megatron_lite.checkpoint import reshard as module
 from megatron_lite.checkpoint.merge import merge
 from megatron_lite.checkpoint.reshard import count_files, reshard
@@ -126,14 +127,14 @@ def test_what_cannot_be_done_is_said_first(tmp_path, monkeypatch):
         reshard(source, tmp_path / "target", tensor=3)
     with pytest.raises(ValueError, match="3 transformer blocks cannot fill 4 pipeline stages"):
         reshard(source, tmp_path / "target", pipeline=4)
-    with pytest.raises(CheckpointError, match="step_00000012 is there already; give another folder"):
+    with pytest.raises(CheckpointError, match="holds checkpoints already; give another folder"):
         reshard(source, tmp_path / "source")
     bare = save(tmp_path / "bare", 1, [Piece.whole("a", "weight", torch.ones(5))], {})
     with pytest.raises(CheckpointError, match=r"holds no config.model"):
         reshard(bare, tmp_path / "target", tensor=2)
     assert reshard(bare, tmp_path / "bare2", data=2).is_dir(), "files can be cut without knowing the model"
-    usage = module.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"GB are to be written, and 0\.0 GB are free"):
         reshard(source, tmp_path / "full")
     assert not list((tmp_path / "full" / "checkpoints").iterdir())
@@ -141,7 +142,7 @@ def test_what_cannot_be_done_is_said_first(tmp_path, monkeypatch):
 
 def test_what_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     source = save_model(tmp_path / "source")
-    write, calls = module.write_safetensors, []
+    write, calls = store.write_safetensors, []
 
     def fail(path, *rest):
         calls.append(path)
@@ -149,7 +150,7 @@ def test_what_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(path, *rest)
 
-    monkeypatch.setattr(module, "write_safetensors", fail)
+    monkeypatch.setattr(store, "write_safetensors", fail)
     with pytest.raises(OSError, match="No space left"):
         reshard(source, tmp_path / "target", data=3)
     assert not list((tmp_path / "target" / "checkpoints").iterdir())

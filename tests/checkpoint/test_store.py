@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from megatron_lite.checkpoint import CheckpointError, Piece, Reader, find_latest, save
 from megatron_lite.checkpoint import blocks as blocks_module
 from megatron_lite.checkpoint import files as files_module
+from megatron_lite.checkpoint.store import save_files
 from tests.checkpoint.ranks import SHAPES, layout, pieces_of, random_state, save_all, save_state
 
 
@@ -203,15 +205,20 @@ def test_a_full_disk_at_any_step_loses_nothing(tmp_path, monkeypatch, caplog, st
     assert outcomes == {"raised", "warned"}
 
 
-def test_the_disk_has_everything_before_it_has_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["save", "save_files"])
+def test_the_disk_has_everything_before_it_has_its_name(tmp_path, monkeypatch, how):
     """What a power cut needs and no kill shows: files, their folder, the rename, the pointer, in order."""
     events = []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace, truncate = os.fsync, os.replace, os.ftruncate
 
     def spy_fsync(descriptor):
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         events.append(f"fsync {path.relative_to(tmp_path)}")
         fsync(descriptor)
+
+    def spy_truncate(descriptor, size):
+        events.append("cut to its size")
+        truncate(descriptor, size)
 
     def spy_replace(source, target):
         events.append(f"rename {Path(target).relative_to(tmp_path)}")
@@ -219,9 +226,15 @@ def test_the_disk_has_everything_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(os, "replace", spy_replace)
-    save_one(tmp_path, 1, seed=1)
+    monkeypatch.setattr(os, "ftruncate", spy_truncate)
+    if how == "save":
+        save_one(tmp_path / "checkpoints", 1, seed=1)
+    else:
+        save_files(tmp_path, 1, [[Piece.whole("a", "weight", torch.ones(5))]], {})
     temporary = "step_00000001.tmp"
-    assert events == [
+    assert events.pop(0) == "fsync ."
+    assert [event.replace("checkpoints/", "").replace("checkpoints", ".") for event in events] == [
+        "cut to its size",
         f"fsync {temporary}/rank_00000.safetensors",
         f"fsync {temporary}/index.json.tmp",
         f"rename {temporary}/index.json",
@@ -257,6 +270,65 @@ def test_kill_9_at_random_moments_resumes_from_the_last_reported(tmp_path):
         with Reader(found) as reader:
             assert reader.step >= reported
         assert_whole(found, reader.step)
+
+
+def test_a_leftover_that_cannot_be_removed_stops_no_save(tmp_path, monkeypatch, caplog):
+    prepare(tmp_path)
+    remove = shutil.rmtree
+
+    def refuse(path, **options):
+        if Path(path).name == "step_00000025.tmp" and not options:
+            raise OSError(
+                errno.ENOTEMPTY, "Directory not empty"
+            )  # as where another machine has a file of it open
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert_whole(save_one(tmp_path, 30, seed=30), 30)
+    assert "step_00000025.tmp could not be removed: [Errno 39]" in caplog.text
+    with pytest.raises(CheckpointError, match=r"step_00000025 was not saved: preparing the folder: rank 0"):
+        save_one(tmp_path, 25, seed=25)
+
+
+def test_a_step_that_cannot_be_replaced_is_as_it_was(tmp_path, monkeypatch):
+    prepare(tmp_path)
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(source).name == "step_00000020.tmp" and Path(target).name == "step_00000020":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match="step_00000020 was not saved: publishing"):
+        save_one(tmp_path, 20, seed=99)
+    assert_whole(tmp_path / "step_00000020", 20)
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_what_a_killed_save_had_replaced_goes_with_the_next_save(tmp_path, keep):
+    prepare(tmp_path)
+    shutil.copytree(tmp_path / "step_00000020", tmp_path / "step_00000020.old")
+    (tmp_path / "step_00000010").rename(tmp_path / "step_00000010.old")  # nothing is in its place yet
+    save_one(tmp_path, 30, seed=30, keep=keep)
+    steps = sorted(path.name for path in tmp_path.glob("step_*"))
+    assert steps == ["step_00000010.old", "step_00000020", "step_00000030"]
+
+
+def test_files_are_written_where_no_checkpoint_is(tmp_path):
+    """What a run has saved is not replaced, nor its `latest` moved, by a conversion into its folder."""
+    prepare(tmp_path / "checkpoints")
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    for step in (10, 15, 40):
+        with pytest.raises(CheckpointError, match="holds checkpoints already; give another folder"):
+            save_files(tmp_path, step, [[Piece.whole("a", "weight", torch.ones(5))]], {})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+    piece = Piece.whole("a", "weight", torch.ones(5))
+    with pytest.raises(CheckpointError, match="is given twice"):
+        save_files(tmp_path / "new", 1, [[piece, piece]], {})
+    with pytest.raises(CheckpointError, match="is there twice"):
+        save_files(tmp_path / "new", 1, [[piece], [piece]], {})
+    assert not list((tmp_path / "new" / "checkpoints").iterdir())
 
 
 def test_what_fails_on_one_rank_is_raised_on_all(tmp_path, monkeypatch):

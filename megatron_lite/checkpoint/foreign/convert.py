@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.foreign.arguments import model_of
 from megatron_lite.checkpoint.foreign.torch_dist import METADATA, TorchDist
 from megatron_lite.checkpoint.foreign.universal import FOLDER, Universal
 from megatron_lite.checkpoint.layout import KINDS, Piece
-from megatron_lite.checkpoint.reshard import write_files
+from megatron_lite.checkpoint.store import save_files
 from megatron_lite.config import Config, ModelConfig, build_config
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import Runtime
@@ -113,7 +113,7 @@ def import_foreign(
         "engine": {"optimizer_steps": _optimizer_steps(opened, step), "loss_scaler": {}},
         "imported_from": str(source),
     }
-    return Imported(write_files(target, step, [pieces], metadata), model, step, lost)
+    return Imported(save_files(target, step, [pieces], metadata), model, step, lost)
 
 
 def _arguments(common: dict[str, Any]) -> dict[str, Any]:

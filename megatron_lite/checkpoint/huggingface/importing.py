@@ -14,7 +14,7 @@ from megatron_lite.checkpoint.huggingface.folder import CONFIG, GENERATION_CONFI
 from megatron_lite.checkpoint.huggingface.tokenizer import tokenizer_of
 from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 from megatron_lite.checkpoint.layout import Piece
-from megatron_lite.checkpoint.store import save
+from megatron_lite.checkpoint.store import save_files
 from megatron_lite.config import ModelConfig, build_config
 
 
@@ -40,7 +40,7 @@ def import_huggingface(source: Path, target: Path) -> Path:
             "generation_config": read_json(generation) if generation.is_file() else None,
         },
     }
-    return save(target / "checkpoints", 0, [_piece(rule, folder) for rule in held], metadata)
+    return save_files(target, 0, [[_piece(rule, folder) for rule in held]], metadata)
 
 
 def _whole_config(source: Path, target: Path, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
