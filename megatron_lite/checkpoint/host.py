@@ -16,15 +16,16 @@ _ALIGN = 64  # bytes: a cache line, and a multiple of every dtype's width
 
 
 class HostCopy:
-    """Memory for one copy of a rank's pieces, kept from one save to the next: taking it anew would double its time.
+    """Memory for one copy of a rank's pieces, kept from one save to the next: the first write to a page takes about ten
+    times as long as those that follow.
 
-    It holds as many bytes as the rank's masters and moments (12 for each parameter that it owns), page-locked where
-    they come from a GPU.
+    It holds as many bytes as the most that was copied: 12 for each parameter that the rank owns where masters and
+    moments are saved, 4 where weights alone are. It is page-locked where they come from a GPU, and may be.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._locked = False
+        self._locked: bool | None = None  # None: not tried
 
     def take(self, pieces: Iterable[Piece]) -> list[Piece]:
         """The same pieces, their data copied; what was taken before is overwritten.
@@ -50,17 +51,20 @@ class HostCopy:
         """Give the memory back, after the last use of the copies."""
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
-        self._memory, self._locked = torch.empty(0, dtype=torch.uint8), False
+        self._memory, self._locked = torch.empty(0, dtype=torch.uint8), None
 
     def _reserve(self, size: int, locked: bool) -> None:
         if size > self._memory.numel():
             self.close()  # first, so that there are never two
-            self._memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-        if locked and not self._locked:
+            # Shared, for page locks: after a fork (subprocesses begin with one) the next write to a private page goes
+            # to a new one, and the GPU would still write to the old.
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED)
+            self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        if locked and self._locked is None:
             # Not `pin_memory`, which rounds up to the next power of two.
             status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.numel(), 0)
             self._locked = int(status) == 0
-            if not self._locked:  # the copy is right all the same, and slower
+            if not self._locked:  # the copy is right all the same, and slower; each save would hear the same
                 with contextlib.suppress(RuntimeError):  # which the next kernel would be blamed for
                     torch.zeros(1, device="cuda")
 

@@ -1,7 +1,9 @@
 """The copy in host memory: the same bits, apart from what they were taken from, in memory that is kept; room for it."""
 
+import os
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +32,42 @@ def test_a_copy_is_the_same_and_stays_so():
     again = host.take(some_pieces(2)[:4])
     assert [copy.data.data_ptr() for copy in again] == where[:4], "memory is kept"
     host.take([*pieces, Piece.whole("large", "weight", torch.ones(100_000))])
+
+
+def test_pieces_of_odd_sizes_are_aligned():
+    sizes = [(torch.uint8, 3), (torch.float32, 5), (torch.bfloat16, 1), (torch.int64, 2), (torch.uint8, 65)]
+    tensors = [torch.arange(size, dtype=dtype) for dtype, size in [*sizes, (torch.float32, 1)]]
+    pieces = [Piece.whole(f"p{at}", "weight", tensor) for at, tensor in enumerate(tensors)]
+    for piece, copy in zip(pieces, HostCopy().take(pieces), strict=True):
+        assert torch.equal(copy.data, piece.data) and copy.data.data_ptr() % 64 == 0
+
+
+def test_memory_stays_the_same_after_a_fork():
+    """What the child writes would not be seen in a private page, and neither would what a GPU writes."""
+    (copy,) = HostCopy().take([Piece.whole("p", "weight", torch.zeros(3))])
+    if (child := os.fork()) == 0:
+        copy.data.fill_(1)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert copy.data.tolist() == [1, 1, 1]
+
+
+def test_page_locks_that_are_refused_are_asked_for_once(monkeypatch):
+    asked, host = [], HostCopy()
+
+    def refuse(pointer, size, flags):
+        asked.append(size)
+        return 1
+
+    def blamed(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=refuse))
+    monkeypatch.setattr(torch, "zeros", blamed)
+    for size in (100, 100, 50, 200, 200):
+        host._reserve(size, locked=True)
+    assert asked == [100, 200], "again only for other memory"
+    host.close()
 
 
 def test_a_deferred_tensor_has_no_copy():
