@@ -67,14 +67,16 @@ def audit(checkpoint: str | Path) -> tuple[int, list[Consumed]]:
 
 
 def read_checkpoint(path: str | Path) -> tuple[int, Config, dict[str, Any]]:
-    """(step, settings, progress) of a checkpoint's folder, or of the newest checkpoint in a run's folder."""
+    """(step, settings, progress) of a checkpoint's folder, or of the one that a run's folder resumes from."""
     folder = Path(path)
     if not (folder / "index.json").exists():
         parent = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
         steps = sorted(entry for entry in parent.glob("step_*/index.json") if _STEP.match(entry.parent.name))
         if not steps:
             raise DatasetError(f"{path}: no checkpoint; give a run's output folder or a checkpoint's")
-        folder = steps[-1].parent
+        pointer = parent / "latest"  # a run that went back to an older step has newer ones that do not count
+        name = pointer.read_text(errors="replace").partition(" ")[0].strip() if pointer.is_file() else None
+        folder = next((entry.parent for entry in steps if entry.parent.name == name), steps[-1].parent)
     try:
         content = json.loads((folder / "index.json").read_text())["content"]
         step, metadata = content["step"], content["metadata"]

@@ -78,6 +78,23 @@ def test_what_is_said_and_listed(make_prefix: MakePrefix, tmp_path: Path) -> Non
     assert len(rows) == wholly + partly and sum(int(row[3]) for row in rows) == 12
 
 
+def test_a_run_that_went_back_is_read_where_it_resumes(make_prefix: MakePrefix, tmp_path: Path) -> None:
+    run = Simulation(tmp_path)
+    config = run.config(9, 1, 4, train=make_prefix([8, 8, 8]))
+    for step in (1, 2, 3):
+        run.job(config, 1)
+        save(tmp_path / "checkpoints" / f"step_{step:08d}", run, config)
+    assert read_checkpoint(tmp_path)[0] == 3
+    for text, step in (
+        ("step_00000002 crc32:00000000\n", 2),
+        ("step_00000001\n", 1),
+        ("step_00000009\n", 3),
+        ("", 3),
+    ):
+        (tmp_path / "checkpoints" / "latest").write_text(text)
+        assert read_checkpoint(tmp_path)[0] == read_checkpoint(tmp_path / "checkpoints")[0] == step
+
+
 def test_bad_checkpoints(make_prefix: MakePrefix, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no checkpoint"):
         audit(tmp_path)
