@@ -19,7 +19,7 @@ from megatron_lite.config import Config
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.engine import Engine
 from megatron_lite.training.metrics import Metrics
-from megatron_lite.training.saver import Saver
+from megatron_lite.training.saver import WEIGHTS_FOLDER, Saver
 from megatron_lite.training.saving import Progress
 from tests.command_line import repeatable, run_command, words, write_bytes
 from tests.distributed import RankFailed, run_ranks
@@ -62,6 +62,17 @@ def newest(output: Path) -> int:
         return reader.step
 
 
+def check_weights(output: Path) -> int:
+    """Every folder of weights alone that has its name is whole, and of its step; how many there are."""
+    folders = list((output / WEIGHTS_FOLDER).glob("step_????????"))
+    for folder in folders:
+        with Reader(folder) as reader:
+            reader.verify()
+            step = torch.tensor(float(folder.name.removeprefix("step_"))).bfloat16()
+            assert reader.kinds == ["weight"] and (reader.read("number") == step).all(), folder
+    return len(folders)
+
+
 class Numbers:
     """Stands for an engine: all of its state is the number of its step, and each rank holds a part of it."""
 
@@ -94,7 +105,7 @@ def save_until_killed(case: Case, log: Path, begin: int, victim: int, when: floa
                 start = time.perf_counter()
             elif step == begin + 2 and dist.get_rank() == victim:
                 kill_this_process_in(when * (time.perf_counter() - start))
-            saver.save(Progress(step), weights=step % 3 == 0)
+            saver.save(Progress(step), weights=step % 2 == 0)
             if step == begin + 1:
                 saver.wait()
 
@@ -115,9 +126,12 @@ def test_kill_at_any_moment_of_saving(tmp_path: Path) -> None:
             with Reader(find_latest(tmp_path)) as reader:
                 for kind in KINDS:
                     assert (reader.read("number", kind) == found).all(), f"kill {kill}: of another step"
+        newer["weights"] = check_weights(tmp_path)
+        newer["half written weights"] += bool(list((tmp_path / WEIGHTS_FOLDER).glob("*.tmp")))
         newer["none" if found == before else "some"] += 1
         newer["half written"] += bool(list((tmp_path / "checkpoints").glob("*.tmp")))
     assert newer["some"] > KILLS / 2 and newer["half written"] > KILLS / 5, newer
+    assert newer["weights"] > KILLS / 5 and newer["half written weights"], newer
 
 
 def test_killed_runs_go_on_as_if_nothing_had_been(tmp_path: Path) -> None:

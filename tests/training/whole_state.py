@@ -1,4 +1,8 @@
-"""All that an engine holds, gathered from all ranks and put together by name, without the checkpoint's own code."""
+"""All that an engine holds, gathered from all ranks and put together by name: no pieces, no files, no reader.
+
+Where DeepSpeed has each fragment is what `optimizer_state.fragments` says, which saving and loading go by too; that
+the masters are there, the weights that the model computes with show.
+"""
 
 import hashlib
 import math
