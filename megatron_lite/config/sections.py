@@ -192,7 +192,8 @@ class CheckpointConfig(Section):
     load: str | None = Field(default=None, min_length=1, description="checkpoint folder to start from")
     weights_only: bool = Field(
         default=False,
-        description="take only the weights of `load` and begin at step 0 with a fresh optimizer",
+        description="take only the weights, of `load` or of what was imported into train.output_dir, and begin at "
+        "step 0 with a fresh optimizer",
     )
     resume: Literal["auto", "never", "required"] = Field(
         default="auto", description="whether to go on from the newest checkpoint in train.output_dir"

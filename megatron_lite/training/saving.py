@@ -127,12 +127,15 @@ def read_progress(config: Config, path: Path | None) -> Progress:
     Raises:
         CheckpointError: it holds no optimizer state, and `checkpoint.weights_only` is not set.
     """
-    if path is None or _weights_only(config, path):
+    if path is None:
         return Progress()
     with Reader(path) as reader:
-        if "exp_avg" not in reader.kinds or "progress" not in reader.metadata:
+        if _weights_only(config, reader):
+            return Progress()
+        if not _holds_training(reader):
             raise CheckpointError(
-                f"{path} holds weights only, no optimizer state: set checkpoint.weights_only to true"
+                f"{path} holds weights only, no optimizer state: to begin at step 0 with its weights, "
+                "set checkpoint.weights_only to true"
             )
         progress = Progress(**reader.metadata["progress"])
         if dist.get_rank() == 0:
@@ -155,9 +158,19 @@ def _warn_of_changed_data(old: dict[str, Any], new: dict[str, Any], progress: Pr
             )
 
 
-def _weights_only(config: Config, path: Path) -> bool:
-    """`checkpoint.weights_only` is about what `checkpoint.load` names, not about the run's own checkpoints."""
-    return config.checkpoint.weights_only and path.parent.parent != Path(config.train.output_dir)
+def _holds_training(reader: Reader) -> bool:
+    return "exp_avg" in reader.kinds and "progress" in reader.metadata
+
+
+def _weights_only(config: Config, reader: Reader) -> bool:
+    """Whether a run takes only the weights of the checkpoint that `find_start` found.
+
+    `checkpoint.weights_only` is about what `checkpoint.load` names, not about what the run itself has saved: the same
+    command goes on from that. In its output folder a checkpoint without training is one that was imported there.
+    """
+    output = Path(config.train.output_dir)
+    own = config.checkpoint.resume != "never" and output in (reader.path.parent, reader.path.parent.parent)
+    return config.checkpoint.weights_only and not (own and _holds_training(reader))
 
 
 def load_checkpoint(engine: Engine, path: Path) -> None:
@@ -171,7 +184,7 @@ def load_checkpoint(engine: Engine, path: Path) -> None:
     names = {name for held in gather([name for name, _ in engine.named_parameters()]) for name in held}
     with Reader(path) as reader:
         _check_model(engine, reader, names)
-        engine.load(reader, _weights_only(engine.config, path))
+        engine.load(reader, _weights_only(engine.config, reader))
 
 
 # What changes the function that the weights compute, without changing their shapes.

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import CheckpointError, Reader, resolve
 from megatron_lite.checkpoint import reader as reader_module
+from megatron_lite.checkpoint.reshard import reshard
 from megatron_lite.training import saving
 from megatron_lite.training.saver import Saver
 from megatron_lite.training.saving import (
@@ -90,6 +92,35 @@ def test_weights_only_is_a_fresh_start_but_not_of_the_run_itself(run: Path, tmp_
     path, progress = started(make(tmp_path, **load))
     assert path is not None and progress == Progress()
     assert started(make(run, **load))[1].step == 2
+    assert started(make(run / "checkpoints", **load))[1].step == 2
+    assert started(make(run, **load, checkpoint__resume="never"))[1] == Progress()
+
+
+def go_on(case: Case) -> int:
+    """One step from where the run starts, saved; the step it started at."""
+    config = case.config()
+    path = find_start(config)
+    progress, engine = read_progress(config, path), make_engine(config)
+    assert path is not None
+    load_checkpoint(engine, path)
+    with Reader(path) as reader:
+        mine = dict(engine.named_parameters())["embed.weight"]
+        assert torch.equal(mine, reader.read("embed.weight"))
+    train(engine, range(progress.step, progress.step + 1))
+    Saver(engine).save(Progress(progress.step + 1, 8, 128), last=True)
+    return progress.step
+
+
+@pytest.mark.parametrize("into", ["checkpoints", ""], ids=["run", "checkpoints-folder"])
+def test_weights_imported_into_the_output_folder_are_a_start(into: str, run: Path, tmp_path: Path) -> None:
+    reshard(resolve(run), tmp_path, weights_only=True)
+    output = tmp_path if into else tmp_path / "checkpoints"
+    (message,) = run_ranks(1, failing, make(output))
+    assert message.endswith("to begin at step 0 with its weights, set checkpoint.weights_only to true")
+    only = {"checkpoint__weights_only": True}
+    for settings in ({}, {"checkpoint__load": str(output), "checkpoint__resume": "never"}):
+        assert started(make(output, **only, **settings))[1] == Progress()
+    assert [*run_ranks(1, go_on, make(output, **only)), *run_ranks(1, go_on, make(output, **only))] == [0, 1]
 
 
 def test_every_rank_hears_of_what_one_finds(tmp_path: Path) -> None:
