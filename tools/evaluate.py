@@ -1,7 +1,8 @@
 """The held-out loss of a checkpoint, in one process, whatever layout wrote it.
 
 The data, split and number of batches are those of the training run, so the figure is the one the run reported at
-that step; --data takes other data whole.
+that step; --data takes other data whole. The checkpoint is read through before, and where the newest of a run is
+damaged, the one before it is evaluated, with a warning.
 
     python tools/evaluate.py --load runs/example
 
@@ -11,6 +12,7 @@ Exit status: 0 done, 2 bad input or settings.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 
@@ -41,9 +43,11 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, metavar="N", help="global batches at the most; default as the run"
     )
+    parser.add_argument("--no-check", action="store_true", help="do not verify the checkpoint's checksums")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the one trained in")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         if options.steps is not None and options.steps < 1:
             raise ValueError(f"--steps {options.steps}: at least 1")
@@ -57,14 +61,15 @@ def main() -> int:
 def evaluate(options: argparse.Namespace) -> str:
     """The result as a line of text."""
     device = choose_device(options.device, detect_launch())
-    with Reader(resolve(options.load)) as reader:
+    with Reader(resolve(options.load, checksums=not options.no_check)) as reader:
         config = read_config(reader)
         loader, steps = held_out(config, options)
         dtype = DTYPES[options.dtype or config.train.precision]
         model = load_model(reader, config, dtype=dtype, device=device)
         loss, tokens = mean_loss(model, loader, steps)
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # which a float does not hold
     return (
-        f"{reader.path}: step {reader.step} | {options.split} loss {loss:.6f} | perplexity {math.exp(loss):.2f} | "
+        f"{reader.path}: step {reader.step} | {options.split} loss {loss:.6f} | perplexity {perplexity:.2f} | "
         f"{tokens:,} tokens"
     )
 

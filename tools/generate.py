@@ -1,7 +1,9 @@
 """Continue prompts with the model of a checkpoint that any layout wrote.
 
 Prompts come from --prompt, from the lines of --prompt-file, or else from the lines of standard input, answered one
-by one. Text goes to standard output, everything else to standard error. One process, or the ranks of a launcher:
+by one. Text goes to standard output, everything else to standard error. The checkpoint is read through before, and
+where the newest of a run is damaged, the one before it is used, with a warning.
+One process, or the ranks of a launcher:
 
     python tools/generate.py --load runs/example --prompt "Once upon a time"
     torchrun --nproc-per-node 2 tools/generate.py --load runs/example --tensor 2 --prompt "Once upon a time"
@@ -17,12 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import Reader, resolve
+from megatron_lite.checkpoint import Reader, search
 from megatron_lite.inference import check_prompts, generate, load_model, read_config
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import DTYPES
@@ -60,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         if joined:
             init_distributed(launch, device, INTERACTIVE_TIMEOUT_MINUTES if interactive else TIMEOUT_MINUTES)
         mesh = build_mesh(options.tensor) if launch.world_size > 1 else Mesh()
-        session = together(launch, lambda: Session.open(options, launch, device, mesh))
+        folder = find_checkpoint(options, launch)
+        session = together(launch, lambda: Session.open(folder, options, launch, device, mesh))
         if interactive:
             session.converse()
         else:
@@ -108,6 +112,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=int, default=16, metavar="N", help="rows at once; changes no text (%(default)s)"
     )
     parser.add_argument("--tokenizer", metavar="SPEC", help="instead of the one the model was trained with")
+    parser.add_argument("--no-check", action="store_true", help="do not verify the checkpoint's checksums")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="the one trained in on a GPU, fp32 on a CPU")
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks that share the model")
@@ -150,6 +155,34 @@ def together(launch: Launch, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def find_checkpoint(options: argparse.Namespace, launch: Launch) -> Path:
+    """The step folder that --load means, the same on every rank; each has read its share of the files through.
+
+    Raises Refused where there is none, or none that is whole.
+    """
+    candidates, fault = search(options.load), None
+    while True:
+        found = [together(launch, lambda: candidates.send(fault) if launch.is_first else None)]  # noqa: B023
+        if launch.world_size > 1:
+            dist.broadcast_object_list(found)
+        (folder,) = found
+        assert folder is not None, "the first rank found one or raised"
+        if options.no_check:
+            return folder
+        try:
+            together(launch, lambda: verify(folder, launch))  # noqa: B023
+        except Refused as error:
+            fault = str(error)
+        else:
+            return folder
+
+
+def verify(folder: Path, launch: Launch) -> None:
+    """Reads this rank's share of a checkpoint's files through."""
+    with Reader(folder) as reader:
+        reader.verify(reader.files[launch.rank :: launch.world_size])
+
+
 def read_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         return list(options.prompt)
@@ -173,9 +206,16 @@ class Session:
     options: argparse.Namespace
 
     @classmethod
-    def open(cls, options: argparse.Namespace, launch: Launch, device: torch.device, mesh: Mesh) -> Session:
+    def open(
+        cls,
+        folder: Path,
+        options: argparse.Namespace,
+        launch: Launch,
+        device: torch.device,
+        mesh: Mesh,
+    ) -> Session:
         """Raises ValueError (or one of its kinds) for a checkpoint or tokenizer that cannot be used."""
-        with Reader(resolve(options.load)) as reader:
+        with Reader(folder) as reader:
             config = read_config(reader, options.tensor)
             spec = options.tokenizer or config.data.tokenizer
             if spec is None:

@@ -1,12 +1,14 @@
 """tools/evaluate.py: the figure that the training run reported, from its checkpoint alone."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_lite.checkpoint import Reader
 from tests.command_line import ROOT, rows, run_command, words, write_bytes
 from tests.distributed import run_ranks
 from tests.training_case import import_what_ranks_import
@@ -45,9 +47,11 @@ def evaluate(*arguments: str) -> tuple[int, str, str]:
 def _evaluate(arguments: tuple[str, ...]) -> tuple[int, str, str]:
     import contextlib
     import io
+    import logging
 
     from tools.evaluate import main
 
+    logging.root.handlers.clear()  # pytest's
     sys.argv = ["evaluate.py", "--device", "cpu", *arguments]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -94,6 +98,27 @@ def test_batches_and_tokens(run: Path, prefix: str) -> None:
 def test_bf16_is_close_but_not_the_same(run: Path) -> None:
     exact, rounded = loss_of("--load", str(run)), loss_of("--load", str(run), "--dtype", "bf16")
     assert rounded == pytest.approx(exact, abs=0.02) and rounded != exact
+
+
+def test_damage_is_not_evaluated_unless_asked_for(run: Path, tmp_path: Path) -> None:
+    """A bit of an embedding's exponent: the loss was another, and nobody the wiser."""
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints/step_00000004"
+    with Reader(newest) as reader:
+        weight = reader.read("embed.weight", dim=0, start=0, stop=1)[0, :8].numpy().tobytes()
+    (file,) = (path for path in newest.glob("*.safetensors") if weight in path.read_bytes())
+    data = bytearray(file.read_bytes())
+    data[data.index(weight) + 3] ^= 0x40
+    file.write_bytes(data)
+    older = loss_of("--load", f"{run}/checkpoints/step_00000002")
+    status, out, err = evaluate("--load", str(tmp_path))
+    assert status == 0 and f"step_00000002: step 2 | valid loss {older:.6f}" in out
+    assert f"step_00000004 cannot be used: {file} is damaged: weight/embed.weight" in err
+    assert f"falling back to checkpoint {tmp_path}/checkpoints/step_00000002" in err
+    status, out, err = evaluate("--load", str(newest))
+    assert (status, out) == (2, "") and err.startswith(f"error: {file} is damaged: weight/embed.weight")
+    status, out, err = evaluate("--load", str(newest), "--no-check")
+    assert (status, err) == (0, "") and "perplexity inf" in out
 
 
 def test_bad_input_is_one_message(run: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint import Piece, Reader, resolve
 from megatron_lite.checkpoint import save as save_pieces
+from megatron_lite.checkpoint.store import save_files
 from megatron_lite.config import build_config
 from megatron_lite.inference import generate as library
 from megatron_lite.tokenizers import ByteTokenizer, CharTokenizer
@@ -102,6 +103,65 @@ def test_weights_alone_in_bf16_will_do(run: Path, tmp_path: Path, where: str) ->
     assert text != joined(expected(run, ["once"], 20, temperature=0)), "they can be told apart"
     settings = ("--prompt", "once", "--temperature", 0, "--max-new-tokens", 20)
     assert call("--load", tmp_path / where, *settings)[:2] == (0, text)
+
+
+@pytest.fixture
+def damaged(run: Path, tmp_path: Path) -> Path:
+    """Steps 3 and 4 of a run, of other weights, in two files each; the second of step 4 has a bit that flipped."""
+    (tmp_path / "checkpoints").mkdir()
+    with Reader(resolve(run)) as reader:
+        pieces = {name: reader.read(name) for name in reader.names()}
+        for step, factor in ((3, 1), (4, -1)):
+            halves = [
+                [Piece.whole(n, "weight", pieces[n] * factor) for n in reader.names()[i::2]] for i in (0, 1)
+            ]
+            folder = save_files(tmp_path / str(step), step, halves, reader.metadata)
+            folder.rename(tmp_path / "checkpoints" / folder.name)
+    file = tmp_path / "checkpoints/step_00000004/rank_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 64
+    file.write_bytes(data)
+    return tmp_path
+
+
+ASK = ("--prompt", "once", "--temperature", 0, "--max-new-tokens", 12)
+
+
+def test_damage_is_not_used_unless_asked_for(
+    run: Path, damaged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = joined(expected(run, ["once"], 12, temperature=0))
+    assert call("--load", damaged, *ASK)[:2] == (0, text)
+    assert (
+        "step_00000004 cannot be used: " in caplog.text and "rank_00001.safetensors is damaged" in caplog.text
+    )
+    assert f"falling back to checkpoint {damaged}/checkpoints/step_00000003" in caplog.text
+    refuse("rank_00001.safetensors is damaged", "--load", damaged / "checkpoints/step_00000004", *ASK)
+    status, out, _ = call("--load", damaged, *ASK, "--no-check")
+    assert status == 0 and out != text
+
+
+def test_two_ranks_share_the_check_and_fall_back_together(run: Path, damaged: Path) -> None:
+    text = joined(expected(run, ["once"], 12, temperature=0))
+    step, read = damaged / "checkpoints/step_00000004", []
+
+    def recorded() -> tuple[Outcome, list[str]]:
+        verify = Reader.verify
+
+        def note(reader: Reader, files: list[str]) -> None:
+            read.extend(f"{reader.path.name}/{file}" for file in files)
+            verify(reader, files)
+
+        Reader.verify = note  # type: ignore[method-assign, assignment]
+        return call("--load", damaged, *ASK, "--tensor", 2), read
+
+    results = run_ranks(2, recorded)
+    assert [result[:2] for result, _ in results] == [(0, text), (0, "")]
+    for rank, (_, files) in enumerate(results):
+        assert files == [f"step_0000000{step}/rank_0000{rank}.safetensors" for step in (4, 3)]
+    first, second = on_ranks(lambda: call("--load", step, *ASK, "--tensor", 2))
+    assert first[:2] == (2, "") and second == (2, "", "")
+    assert "rank_00001.safetensors is damaged" in first[2]
 
 
 def test_a_tokenizer_of_more_ids_than_the_model_is_told(
@@ -245,14 +305,16 @@ def test_two_ranks_refuse_with_one_voice(run: Path, tmp_path: Path) -> None:
     assert first[2] == "error: 2 ranks were started, and --tensor is 1: give --tensor 2, or start 1\n"
     assert second[2] == ""
 
-    def one_cannot_see_the_file() -> Outcome:
-        folder = run if dist.get_rank() == 0 else tmp_path / "not mounted here"
-        return call("--load", folder, "--prompt", "a", "--tensor", 2)
+    def one_cannot_see_the_files(*arguments: str) -> Outcome:
+        if dist.get_rank() == 1:
+            tool.Reader = lambda folder: Reader(tmp_path / "not mounted here")  # type: ignore[misc, assignment]
+        return call("--load", resolve(run), "--prompt", "a", "--tensor", 2, *arguments)
 
-    first, second = on_ranks(one_cannot_see_the_file)
-    assert first[:2] == second[:2] == (2, "")
-    assert "not mounted here: no checkpoint there" in first[2]
-    assert second[2] == ""
+    for arguments in ((), ("--no-check",)):
+        first, second = on_ranks(lambda: one_cannot_see_the_files(*arguments))  # noqa: B023
+        assert first[:2] == second[:2] == (2, "")
+        assert "not mounted here/index.json is not there" in first[2]
+        assert second[2] == ""
 
     def no_gpu_on_one() -> Outcome:
         def choose(setting: str, launch: tool.Launch) -> torch.device:
