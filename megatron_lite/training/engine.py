@@ -230,11 +230,9 @@ class Engine:
         """The working copy of a weight, in the training precision: whole, or this rank's part under ZeRO-3."""
         spec = spec_of(parameter)
         if hasattr(parameter, "ds_tensor"):
-            size = parameter.ds_tensor.ds_numel
-            begin = size * dist.get_rank(group=parameter.ds_process_group)
-            own = parameter.ds_tensor.view(-1)[: max(0, min(size, parameter.ds_numel - begin))]
-            if own.numel():
-                optimizer_state.read_part(reader, own, spec, "weight", begin)
+            start, numel = optimizer_state.zero3_part(parameter)
+            if numel:
+                optimizer_state.read_part(reader, parameter.ds_tensor.view(-1)[:numel], spec, "weight", start)
             if not getattr(parameter, "ds_persist", False):
                 return  # only small parameters stay gathered on every rank
         optimizer_state.read_part(reader, parameter.data.view(-1), spec, "weight", 0)

@@ -74,16 +74,20 @@ def _zero12(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Iterat
 
 
 def _zero3(parameter: Any, wrapper: Any) -> Iterator[Fragment]:
-    group, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
-    start = parameter.ds_tensor.ds_numel * _partition_rank(parameter)
-    # The last partition is padded; a parameter smaller than the number of ranks leaves some with nothing.
-    numel = max(0, min(size, parameter.ds_numel - start))
+    group, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
+    start, numel = zero3_part(parameter)
     if numel:
         yield Fragment(spec_of(parameter), start, wrapper.fp32_partitioned_groups_flat[group], offset, numel)
 
 
-def _partition_rank(parameter: Any) -> int:
-    return torch.distributed.get_rank(group=parameter.ds_process_group)
+def zero3_part(parameter: Any) -> tuple[int, int]:
+    """Where this rank's part of a parameter begins under ZeRO-3, and its elements without the last part's padding.
+
+    A parameter of fewer elements than ranks leaves some with none.
+    """
+    size = parameter.ds_tensor.ds_numel
+    start = size * torch.distributed.get_rank(group=parameter.ds_process_group)
+    return start, max(0, min(size, parameter.ds_numel - start))
 
 
 def pieces(

@@ -6,11 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import Reader, save
 from megatron_lite.training.engine import Engine
+from megatron_lite.training.optimizer_state import zero3_part
 from tests.distributed import run_ranks
 from tests.parity import LOSS
 from tests.training_case import Case, import_what_ranks_import, make_engine, train
@@ -138,3 +141,24 @@ def went_astray(case: Case, folder: str) -> Rest:
     train(engine, range(20, 23))
     engine.load(Reader(f"{folder}/step_{HALF:08d}"))
     return second_half(engine)
+
+
+def partitioned(numel: int) -> tuple[int, list[float]]:
+    """What this rank holds of 0, 1, 2, … under ZeRO-3: from where on, and the numbers."""
+    parameter: Any = torch.nn.Parameter(torch.arange(float(numel)))
+    module = torch.nn.ParameterList([parameter])
+    deepspeed.zero.Init(
+        module=module, config_dict_or_path={"train_batch_size": 4, "zero_optimization": {"stage": 3}}
+    )
+    start, count = zero3_part(parameter)
+    own = parameter.ds_tensor[:count]
+    assert own.numel() == count
+    return start, own.tolist()
+
+
+@pytest.mark.parametrize("numel", [1, 5, 8, 9])
+def test_a_parameter_in_parts_of_which_some_are_empty(numel: int) -> None:
+    import_what_ranks_import()
+    parts = run_ranks(4, partitioned, numel)
+    assert [number for _, numbers in parts for number in numbers] == list(range(numel))
+    assert all(start == numbers[0] for start, numbers in parts if numbers)
