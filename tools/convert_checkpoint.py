@@ -19,6 +19,7 @@ Exit status: 0 done, 2 what was asked for cannot be done.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -58,7 +59,7 @@ _APPLIES = {
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        source = source_of(options.load) if options.to == "megatron_lite" else "own"
+        source = source_of(options.load)
         check_options(options, source)
         if options.to == "hf":
             to_huggingface(options)
@@ -134,7 +135,11 @@ def source_of(path: Path) -> str:
 
 
 def check_options(options: argparse.Namespace, source: str) -> None:
-    """Raises CheckpointError for options that would have no effect."""
+    """Raises CheckpointError for options that would have no effect, and for a source that --to does not take."""
+    if options.to != "megatron_lite" and source != "own":
+        remedy = "import it first with --to megatron_lite, then convert what came of it"
+        fault = f"{options.load} is {_SOURCES[source]}, and --to {options.to} takes one of ours"
+        raise CheckpointError(f"{fault}; {remedy}")
     what = source if options.to == "megatron_lite" else options.to
     for name, kinds in _APPLIES.items():
         if getattr(options, name) not in (None, False) and what not in kinds:
@@ -148,15 +153,15 @@ def check_options(options: argparse.Namespace, source: str) -> None:
             )
             raise CheckpointError(f"--{name.replace('_', '-')} has no effect with {action}{remedy}")
     if options.shard_gb is not None and (
-        options.shard_gb <= 0 or options.tensor or options.pipeline or options.data
+        not options.shard_gb >= 1e-6 or options.tensor or options.pipeline or options.data
     ):
         raise CheckpointError(
-            "--shard-gb must be above 0, and the files of a layout are as large as its ranks' parts"
+            "--shard-gb must be at least 1e-6, and the files of a layout are as large as its ranks' parts"
         )
 
 
 def file_bytes(options: argparse.Namespace) -> int:
-    return int((5.0 if options.shard_gb is None else options.shard_gb) * 1e9)
+    return math.ceil(min(5.0 if options.shard_gb is None else options.shard_gb, 1e9) * 1e9)
 
 
 def verified(options: argparse.Namespace) -> Path:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.huggingface import from_huggingface, rules
 from megatron_lite.checkpoint.huggingface.folder import (
     CONFIG,
@@ -24,6 +25,7 @@ from megatron_lite.checkpoint.layout import KINDS
 from megatron_lite.checkpoint.reader import Reader, resolve
 
 BLOCK = 1 << 22  # elements in memory at a time
+_PACKED = {getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)}
 _VOCABULARY = ("embed.weight", "head.weight")
 
 
@@ -111,7 +113,12 @@ class Plain:
 
     def blocks(self, name: str, kind: str) -> Iterator[torch.Tensor]:
         with open_weights(self._files[name]) as opened:
-            yield from opened.get_tensor(name).reshape(-1).split(BLOCK)
+            tensor = opened.get_tensor(name)
+        if tensor.is_complex() or tensor.dtype in _PACKED:
+            raise CheckpointError(
+                f"{self._files[name]}: {name} is {tensor.dtype}, which has no one size to compare"
+            )
+        yield from tensor.reshape(-1).split(BLOCK)
 
 
 def is_plain(path: Path) -> bool:

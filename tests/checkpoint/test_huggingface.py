@@ -187,6 +187,20 @@ def test_what_transformers_divided_is_read(tmp_path):
         import_huggingface(tmp_path / "hf", tmp_path / "run")
 
 
+def test_parts_of_one_parameter_in_different_types_become_the_wider(tmp_path):
+    """Queries in bf16 beside keys and values in fp32, as merging models leaves them: nothing is rounded."""
+    make("llama-gqa", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].bfloat16()
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    step = import_huggingface(tmp_path / "hf", tmp_path / "run")
+    export_huggingface(step, tmp_path / "back")
+    back = safetensors.torch.load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[key], tensor.float()) for key, tensor in tensors.items())
+
+
 def ours_saved(folder, **changes):
     """A checkpoint of a model of ours, with random weights and nonzero vocabulary padding."""
     values = {
@@ -294,6 +308,17 @@ LLAMA_JSON = {"model_type": "llama"} | SMALL
         (LLAMA_JSON | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True} | GPT2, "scale_attn_by_inverse"),
         ({"model_type": "gpt2", "activation_function": "relu"} | GPT2, "activation_function 'relu'"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not one of"),
+        (LLAMA_JSON | {"num_experts": "8"}, "a value of another kind than it should be"),
+        (LLAMA_JSON | {"rope_scaling": [1]}, "a value of another kind than it should be"),
+        (LLAMA_JSON | {"rope_scaling": {"rope_type": ["yarn"]}}, "a value of another kind than it should be"),
+        (LLAMA_JSON | {"rope_theta": "x"}, "a value of another kind than it should be .*float: 'x'"),
+        (LLAMA_JSON | {"head_dim": None, "num_attention_heads": 0}, "of another kind .*by zero"),
+        (
+            LLAMA_JSON | {"num_hidden_layers": "2"},
+            "makes no model of ours: num_layers: Input should be a valid int",
+        ),
+        (LLAMA_JSON | {"rms_norm_eps": None}, "makes no model of ours: norm_epsilon: "),
     ],
 )
 def test_a_config_that_we_do_not_compute_is_refused(config, says):

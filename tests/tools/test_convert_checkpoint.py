@@ -165,7 +165,7 @@ def test_a_model_that_only_the_user_knows(tmp_path, capsys):
             ["--data", "2", "--shard-gb", "1"],
             "the files of a layout are as large as its ranks' parts",
         ),
-        ("megatron_lite", ["--shard-gb", "0"], "--shard-gb must be above 0"),
+        ("megatron_lite", ["--shard-gb", "0"], "--shard-gb must be at least 1e-6"),
         ("megatron_lite", ["--dtype", "bf16"], "rounds the fp32 weights"),
         ("megatron_lite", ["--tensor", "3"], "does not divide over 3 tensor-parallel ranks"),
     ],
@@ -205,6 +205,35 @@ def test_what_is_imported_is_read_back_unless_unasked(run, tmp_path, monkeypatch
     monkeypatch.setattr(Reader, "verify", lambda reader: verified.append(reader.path))
     assert convert(tmp_path / "hf", "megatron_lite", tmp_path / "back", *flags) == 0
     assert verified == ([] if flags else [resolve(tmp_path / "back")])
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", "megatron_lite"])
+def test_nothing_is_written_into_a_run(run, capsys, to):
+    assert convert(run, to, run, "--no-check") == 2
+    assert f"{run} holds checkpoints already; give another folder" in capsys.readouterr().err.replace(
+        "/checkpoints h", " h"
+    )
+    assert [path.name for path in run.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+def test_exports_are_of_our_checkpoints(run, tmp_path, capsys, to):
+    assert convert(run, "hf", tmp_path / "hf", "--no-check") == 0
+    assert convert(tmp_path / "hf", to, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert (
+        "hf is a Hugging Face folder, and --to" in said and "import it first with --to megatron_lite" in said
+    )
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", "megatron_lite"])
+def test_any_size_of_files(run, tmp_path, capsys, to):
+    for size in ("inf", "1e300"):
+        assert convert(run, to, tmp_path / size, "--shard-gb", size, "--no-check") == 0
+        assert len(list((tmp_path / size).rglob("*.safetensors"))) == 1
+    for size in ("nan", "-1", "1e-12"):
+        assert convert(run, to, tmp_path / "out", "--shard-gb", size) == 2
+        assert "--shard-gb must be at least 1e-6" in capsys.readouterr().err
 
 
 def test_layouts_are_for_our_checkpoints(tmp_path, capsys):

@@ -235,6 +235,34 @@ def test_an_index_that_is_none(tmp_path, capsys, weight_map):
     assert "index.json: weight_map does not say which file holds which" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["C64", "F4"])
+def test_numbers_that_have_no_size_are_not_compared(tmp_path, capsys, dtype):
+    file = tmp_path / "x.safetensors"
+    size = {"C64": 16, "F4": 1}[dtype]
+    header = json.dumps({"w": {"dtype": dtype, "shape": [2], "data_offsets": [0, size]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    try:
+        safetensors.torch.load_file(file)
+    except safetensors.SafetensorError:
+        pytest.skip(f"this release of safetensors does not know {dtype}")
+    assert main([str(file)]) == 0
+    capsys.readouterr()
+    for arguments in ([str(file), "--norms"], [str(file), "--diff", str(file)]):
+        assert main(arguments) == 2
+        assert "x.safetensors: w is torch." in capsys.readouterr().err
+
+
+def test_a_config_that_is_none(tmp_path, capsys):
+    own = save_model(tmp_path / "run", "llama")
+    hf = tmp_path / "hf"
+    assert convert(["--load", str(own), "--save", str(hf), "--to", "hf", "--no-check"]) == 0
+    whole = json.loads((hf / "config.json").read_text())
+    for content in (json.dumps(whole | {"num_hidden_layers": "x"}), "[" * 100_000):
+        (hf / "config.json").write_text(content)
+        assert main([str(own), "--diff", str(hf)]) == 2
+        assert "config.json" in capsys.readouterr().err
+
+
 def test_steps_of_one_run(tmp_path):
     first, second = save_small(tmp_path, 7), save_small(tmp_path, 9, **{"norm.weight": torch.ones(4)})
     assert resolve(tmp_path) == second

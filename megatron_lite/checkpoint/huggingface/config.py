@@ -11,6 +11,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.config import ModelConfig, RotaryScaling
 
@@ -160,8 +162,22 @@ _SCALING_KEYS = {
 
 def from_huggingface(config: dict[str, Any]) -> ModelConfig:
     """Our model section for a config.json. Raises CheckpointError for what we do not compute."""
+    try:
+        return _from_huggingface(config)
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"config.json: {error} is missing") from None
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise CheckpointError(f"config.json makes no model of ours: {'; '.join(faults)}") from error
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: a value of another kind than it should be ({error})") from error
+
+
+def _from_huggingface(config: dict[str, Any]) -> ModelConfig:
     family = config.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         fault = f"model_type {family!r} is not one of {known}"
         if _is_mixture(config):
@@ -176,10 +192,7 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
             )
             remedy = "take the model it was made from, in bf16, fp16 or fp32"
             raise CheckpointError(f"config.json: {key}: {method} is quantized, which is not read; {remedy}")
-    try:
-        values = _from_gpt2(config) if family == "gpt2" else _from_llama(config, family)
-    except KeyError as error:
-        raise CheckpointError(f"config.json: {error} is missing") from None
+    values = _from_gpt2(config) if family == "gpt2" else _from_llama(config, family)
     values |= {
         "vocab_size": config["vocab_size"],
         "seq_length": values["max_position_embeddings"],

@@ -133,7 +133,12 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch
 
 
 def check_free(target: Path) -> None:
-    """Raise CheckpointError where `target` holds weights, unless an export that was cut short left them."""
+    """Raise CheckpointError where `target` holds weights, unless an export that was cut short left them.
+
+    And where it is a run's output directory, whose own config.json would be replaced.
+    """
+    if (target / "checkpoints").is_dir():
+        raise CheckpointError(f"{target} holds checkpoints already; give another folder")
     left = _left_behind(target)
     if any(file not in left for file in target.glob("*.safetensors")):
         raise CheckpointError(f"{target} holds safetensors files already; give an empty folder")

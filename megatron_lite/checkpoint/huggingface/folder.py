@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class Folder:
     def __init__(self, path: Path, model: ModelConfig) -> None:
         self.path, self.tied = path, model.tie_embeddings
         self._where: dict[str, tuple[Any, str]] = {}
+        self._wider: dict[
+            str, torch.dtype
+        ] = {}  # of tensors that are one parameter of ours, where theirs differ
         for file in weight_files(path):
             opened = open_weights(file)
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
@@ -48,7 +52,7 @@ class Folder:
             )
         opened, stored = self._where[name]
         tensor: torch.Tensor = opened.get_tensor(stored)
-        return tensor
+        return tensor.to(self._wider.get(name, tensor.dtype))
 
     def parameter(self, rule: Rule) -> torch.Tensor:
         """One of our parameters, put together."""
@@ -61,6 +65,7 @@ class Folder:
         """
         known = set()
         for rule in rules:
+            dtypes = set()
             for name, shape in zip(rule.huggingface, rule.shapes(), strict=True):
                 tensor = self.get(name)
                 if tensor.dtype not in _DTYPES:
@@ -71,6 +76,9 @@ class Folder:
                         f"{self.path}: tensor {name} is {found}, and config.json says {shape}"
                     )
                 known.add(name)
+                dtypes.add(tensor.dtype)
+            if len(dtypes) > 1:
+                self._wider |= dict.fromkeys(rule.huggingface, reduce(torch.promote_types, dtypes))
         others = [name for name in self._where if name not in known and not name.endswith(_BUFFERS)]
         if self.tied:
             others = [name for name in others if name != "lm_head.weight"]  # a copy of the embedding
@@ -120,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError where it cannot be read, or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
