@@ -17,15 +17,16 @@ import math
 import sys
 
 from megatron_lite.checkpoint import Reader, resolve
-from megatron_lite.config import Config
+from megatron_lite.config import Config, DataConfig
+from megatron_lite.config.sections import prefixes
 from megatron_lite.data.build import build_dataset
 from megatron_lite.data.loader import DataLoader, make_loader
-from megatron_lite.data.sidecar import check_datasets
-from megatron_lite.inference import load_model, read_config
+from megatron_lite.data.sidecar import check_datasets, read_sidecar
+from megatron_lite.inference import load_model, open_tokenizer, read_config
 from megatron_lite.inference.evaluate import mean_loss
 from megatron_lite.model.runtime import DTYPES
 from megatron_lite.parallel.launch import choose_device, detect_launch
-from megatron_lite.tokenizers import load_tokenizer
+from megatron_lite.tokenizers import Tokenizer
 
 
 def main() -> int:
@@ -39,6 +40,7 @@ def main() -> int:
         help="a run's output folder, one of its checkpoints, or its weights folder",
     )
     parser.add_argument("--data", metavar="PREFIX", help="evaluate on all of this instead of the run's split")
+    parser.add_argument("--tokenizer", metavar="SPEC", help="instead of the one the model was trained with")
     parser.add_argument("--split", choices=("valid", "test"), default="valid")
     parser.add_argument(
         "--steps", type=int, metavar="N", help="global batches at the most; default as the run"
@@ -79,15 +81,30 @@ def held_out(config: Config, options: argparse.Namespace) -> tuple[DataLoader, i
     train, data, steps = config.train, config.data, options.steps or config.train.eval_steps
     if options.data:
         data = data.model_copy(update={"train": options.data, "valid": options.data, "test": options.data})
+    if data.train is None:
+        raise ValueError("the checkpoint names no data: give --data PREFIX, that of a .bin/.idx pair")
     size = steps * train.global_batch_size
-    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-    check_datasets(data, None if tokenizer is None else tokenizer.fingerprint())
+    tokenizer = open_tokenizer(config, options.tokenizer)
+    if tokenizer is not None:
+        check_tokenizer(data, tokenizer)
+    check_datasets(data, None)
     dataset = build_dataset(data, options.split, config.model.seq_length, train.seed, size)
     if dataset is None:
         raise ValueError(
             f"the run has no {options.split} data: data.split is {data.split}; give --data PREFIX"
         )
     return make_loader(config, dataset, None if tokenizer is None else tokenizer.eod_id), steps
+
+
+def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError for data that another tokenizer made."""
+    for prefix in (prefix for value in (data.train, data.valid, data.test) for prefix in prefixes(value)):
+        sidecar = read_sidecar(prefix)
+        if sidecar is not None and sidecar.fingerprint != tokenizer.fingerprint():
+            fault = f"{prefix}: made with another tokenizer, {sidecar.tokenizer}, than {tokenizer.name}"
+            remedy = f"give --data made with {tokenizer.name}"
+            where = f"or --tokenizer {sidecar.tokenizer}, where the model was trained with that one"
+            raise ValueError(f"{fault}; {remedy}, {where}")
 
 
 if __name__ == "__main__":

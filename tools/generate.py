@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import Reader, search
-from megatron_lite.inference import check_prompts, generate, load_model, read_config
+from megatron_lite.inference import check_prompts, generate, load_model, open_tokenizer, read_config
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import DTYPES
 from megatron_lite.parallel.launch import Launch, choose_device, detect_launch, init_distributed
 from megatron_lite.parallel.mesh import Mesh, build_mesh
-from megatron_lite.tokenizers import Tokenizer, load_tokenizer
+from megatron_lite.tokenizers import Tokenizer
 
 log = logging.getLogger("generate")
 
@@ -217,22 +217,21 @@ class Session:
         """Raises ValueError (or one of its kinds) for a checkpoint or tokenizer that cannot be used."""
         with Reader(folder) as reader:
             config = read_config(reader, options.tensor)
-            spec = options.tokenizer or config.data.tokenizer
-            if spec is None:
+            tokenizer, known = open_tokenizer(config, options.tokenizer), config.model.vocab_size
+            if tokenizer is None:
                 raise ValueError(f"{reader.path}: trained without a tokenizer; give --tokenizer")
-            tokenizer, known = load_tokenizer(spec), config.model.vocab_size
             if known is not None and tokenizer.vocab_size > known:
                 # Not an error: some models come with tokens that are in the tokenizer alone, and are never drawn.
                 log.warning(
                     "tokenizer %s has %d ids and the model %d: is it the one the model was trained with?",
-                    *(spec, tokenizer.vocab_size, known),
+                    *(tokenizer.name, tokenizer.vocab_size, known),
                 )
             name = options.dtype or (config.train.precision if device.type == "cuda" else "fp32")
             model = load_model(reader, config, mesh=mesh, dtype=DTYPES[name], device=device)
             count = config.model.parameter_count() / 1e6
             log.info(
                 "%s: step %d, %.1fM parameters, %s on %s, tokenizer %s",
-                *(reader.path, reader.step, count, name, device, spec),
+                *(reader.path, reader.step, count, name, device, tokenizer.name),
             )
         return cls(model, tokenizer, launch, options)
 

@@ -1,6 +1,6 @@
 """Text from a trained model: any checkpoint loaded for inference, and generation with a key/value cache."""
 
 from megatron_lite.inference.generate import check_prompts, generate
-from megatron_lite.inference.load import load_model, read_config
+from megatron_lite.inference.load import load_model, open_tokenizer, read_config
 
-__all__ = ["check_prompts", "generate", "load_model", "read_config"]
+__all__ = ["check_prompts", "generate", "load_model", "open_tokenizer", "read_config"]

@@ -12,6 +12,7 @@ from megatron_lite.model.runtime import Runtime
 from megatron_lite.ops import Needs, build_ops
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parameter import mark, spec_of
+from megatron_lite.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 
 _META = torch.device("meta")
 
@@ -34,6 +35,24 @@ def read_config(reader: Reader, tensor: int = 1) -> Config:
     if config.model.vocab_size is None:
         raise CheckpointError(f"{reader.path}: its configuration leaves model.vocab_size open")
     return config
+
+
+def open_tokenizer(config: Config, given: str | None = None) -> Tokenizer | None:
+    """The tokenizer `given` (--tokenizer of the tools), else the one the model was trained with, if any.
+
+    Raises:
+        TokenizerError: it cannot be loaded.
+    """
+    if given is not None:
+        return load_tokenizer(given)
+    if config.data.tokenizer is None:
+        return None
+    try:
+        return load_tokenizer(config.data.tokenizer)
+    except TokenizerError as error:
+        raise TokenizerError(
+            f"the model's tokenizer, {config.data.tokenizer}: {error}; say where it is now with --tokenizer SPEC"
+        ) from error
 
 
 def load_model(

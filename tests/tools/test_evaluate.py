@@ -4,11 +4,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_lite.checkpoint import Reader
+from megatron_lite.checkpoint import Piece, Reader, save
+from megatron_lite.data.indexed import read_header
+from megatron_lite.data.sidecar import Checksums, sidecar_of, write_sidecar
+from megatron_lite.data.writer import WriterState
+from megatron_lite.tokenizers import CharTokenizer, load_tokenizer
 from tests.command_line import ROOT, rows, run_command, words, write_bytes
 from tests.distributed import run_ranks
 from tests.training_case import import_what_ranks_import
@@ -131,6 +137,57 @@ def test_bad_input_is_one_message(run: Path, tmp_path: Path) -> None:
         status, out, err = evaluate(*arguments)
         assert status == 2 and out == "", arguments
         assert err.startswith("error: ") and message in err and "Traceback" not in err
+
+
+@pytest.fixture
+def imported(run: Path, tmp_path: Path) -> Callable[[str | None], Path]:
+    """The run's weights with another data section: no data named, and this tokenizer."""
+
+    def make(tokenizer: str | None) -> Path:
+        with Reader(run / "checkpoints/step_00000004") as reader:
+            config = reader.metadata["config"] | {"data": {"tokenizer": tokenizer}}
+            pieces = [Piece.whole(name, "weight", reader.read(name)) for name in reader.names()]
+        return save(tmp_path / "imported", 4, pieces, {"config": config})
+
+    return make
+
+
+def test_a_checkpoint_that_names_no_data_nor_a_tokenizer(
+    run: Path, prefix: str, imported: Callable[[str | None], Path]
+) -> None:
+    folder = str(imported(None))
+    status, out, err = evaluate("--load", folder)
+    assert (status, out) == (2, "")
+    assert err == "error: the checkpoint names no data: give --data PREFIX, that of a .bin/.idx pair\n"
+    assert loss_of("--load", folder, "--data", prefix) == loss_of("--load", str(run), "--data", prefix)
+
+
+def test_a_tokenizer_that_was_moved(
+    run: Path, prefix: str, tmp_path: Path, imported: Callable[[str | None], Path]
+) -> None:
+    gone = f"char:{tmp_path}/gone.json"
+    folder = str(imported(gone))
+    status, out, err = evaluate("--load", folder, "--data", prefix)
+    assert (status, out) == (2, "") and f"error: the model's tokenizer, {gone}: " in err
+    assert err.endswith("; say where it is now with --tokenizer SPEC\n")
+    given = ("--load", folder, "--data", prefix, "--tokenizer", "byte")
+    assert loss_of(*given) == loss_of("--load", str(run), "--data", prefix)
+
+
+def test_data_of_another_tokenizer(run: Path, tmp_path: Path) -> None:
+    """What the message says can be done."""
+    prefix = write_bytes(tmp_path)
+    CharTokenizer.train([(ROOT / "LICENSE").read_text()]).save(tmp_path / "chars.json")
+    spec = f"char:{tmp_path}/chars.json"
+    made = load_tokenizer(spec)
+    header = read_header(Path(f"{prefix}.idx"))
+    state = WriterState(Path(f"{prefix}.bin").stat().st_size // 2, header.sequences, header.bounds - 1)
+    write_sidecar(prefix, sidecar_of(made, np.dtype(np.uint16), state, Checksums.of_files(prefix)))
+    status, out, err = evaluate("--load", str(run), "--data", prefix)
+    assert (status, out) == (2, "")
+    assert f"{prefix}: made with another tokenizer, {spec}, than byte; give --data made with byte, " in err
+    assert f"or --tokenizer {spec}, where" in err and "data.tokenizer" not in err
+    loss_of("--load", str(run), "--data", prefix, "--tokenizer", spec)
 
 
 def test_no_other_split_is_indexed(run: Path, tmp_path: Path) -> None:

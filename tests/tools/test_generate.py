@@ -263,6 +263,17 @@ def test_bad_input_is_told_in_one_message(run: Path, tmp_path: Path) -> None:
         refuse("have 0 GPUs", "--load", run, *ask, "--device", "cuda")
 
 
+def test_a_tokenizer_that_was_moved(run: Path, tmp_path: Path) -> None:
+    gone = f"char:{tmp_path}/gone.json"
+    save(tmp_path, gone)
+    message = (
+        f"the model's tokenizer, {gone}: {tmp_path}/gone.json: cannot be read: No such file or directory; "
+    )
+    refuse(message + "say where it is now with --tokenizer SPEC", "--load", tmp_path, "--prompt", "a")
+    moved = ("--tokenizer", f"char:{run}/tokenizer.json")
+    assert call("--load", tmp_path, *ASK, *moved)[:2] == call("--load", run, *ASK)[:2]
+
+
 def test_a_run_without_tokenizer_needs_one_named(tmp_path: Path) -> None:
     save(tmp_path, None)
     refuse("give --tokenizer", "--load", tmp_path, "--prompt", "a")
