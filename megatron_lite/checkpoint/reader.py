@@ -367,9 +367,20 @@ def search(path: str | Path, *, checksums: bool = False) -> Search:
     yield from search_output(path, checksums=checksums)
     # What `checkpoint.weights_interval` saves; never taken unasked, since training does not go on from it.
     light = f" (weights alone are in {path / 'weights'})" if (path / "weights").is_dir() else ""
-    raise CheckpointError(
-        f"{path}: no checkpoint there{light}; give a step folder or a run's output directory"
-    )
+    raise CheckpointError(f"{path}: no checkpoint there{light}; {_remedy(path)}")
+
+
+def _remedy(path: Path) -> str:
+    """What to give instead of a folder without a checkpoint, by what else it holds."""
+    if any(path.glob("*.safetensors")) and (path / "config.json").is_file():
+        importing = f"tools/convert_checkpoint.py --load {path} --save DIR --to megatron_lite"
+        return f"it is a Hugging Face model: import it with {importing}, and give DIR"
+    if any(path.glob("*.safetensors")) and (path / "model_config.json").is_file():
+        exported = (
+            "it holds weights for other programs, as tools/convert_checkpoint.py --to safetensors writes them"
+        )
+        return f"{exported}, which are not read back: give the checkpoint that they came from"
+    return "give a step folder or a run's output directory"
 
 
 def resolve(path: str | Path, *, checksums: bool = False) -> Path:

@@ -316,3 +316,28 @@ def test_weights_alone_are_not_taken_unasked_but_pointed_to(tmp_path):
     ):
         resolve(tmp_path)
     assert resolve(tmp_path / "weights") == tmp_path / "weights" / "step_00000005"
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        (
+            "config.json",
+            r"it is a Hugging Face model: import it with tools/convert_checkpoint.py --load \S+ --save",
+        ),
+        (
+            "model_config.json",
+            r"it holds weights for other programs, as tools/convert_checkpoint.py --to safetensors .* not read back",
+        ),
+        ("readme.md", "give a step folder or a run's output directory"),
+    ],
+)
+def test_a_folder_of_another_format_is_told_from_an_empty_one(tmp_path, file, told):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / file).write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint there; give a step folder"):
+        resolve(folder)
+    (folder / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(CheckpointError, match=f"other: no checkpoint there; {told}"):
+        resolve(folder)
