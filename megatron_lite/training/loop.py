@@ -175,7 +175,8 @@ def start(config: Config, launch: Launch) -> Run:
         tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         if tokenizer is not None:
             config = config.with_vocab_size(tokenizer.vocab_size)
-        check_datasets(config.data, None if tokenizer is None else tokenizer.fingerprint())
+        fingerprint = None if tokenizer is None else tokenizer.fingerprint()
+        check_datasets(config.data, fingerprint)
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
     with agreed_failure():
         metrics = Metrics(config, device, mesh.world_size, active=mesh.rank == 0)
@@ -184,7 +185,7 @@ def start(config: Config, launch: Launch) -> Run:
     eod_id = None if tokenizer is None else tokenizer.eod_id
     loader = partial(make_loader, config, eod_id=eod_id, data_rank=mesh.data_rank, data_size=mesh.data_size)
     with agreed_failure():
-        progress = read_progress(config, checkpoint)
+        progress = read_progress(config, checkpoint, fingerprint)
         data = build_run(config, progress.step, progress.consumed_samples, progress.data)
         place = {"consumed_samples": progress.consumed_samples, "first_sample": data.position.first}
         held_out = [loader(dataset) for dataset in (data.valid, data.test) if dataset is not None]

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from megatron_lite.training.optimizer_state import differs_in_padding
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+TOKENIZER = "tokenizer_fingerprint"
+# What of a checkpoint's metadata the run that starts from it hands on to its own.
+_HANDED_ON = ("huggingface", TOKENIZER)
 
 
 @dataclass
@@ -28,12 +31,15 @@ class Progress:
 
     Attributes:
         data: what each source of the data has given, see `data.position`; None in old checkpoints.
+        origin: what the weights came from, by its key in the metadata: what an import keeps for an export, and which
+            tokenizer they were trained with.
     """
 
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     data: dict[str, Any] | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -60,8 +66,10 @@ def agreed_failure() -> Iterator[None]:
 def metadata_of(engine: Engine, progress: Progress) -> dict[str, Any]:
     """What a checkpoint holds beside the pieces; a copy, which later steps do not change."""
     config, mesh = engine.config, engine.mesh
+    place = asdict(progress)
     return {
-        "progress": asdict(progress),
+        **place.pop("origin"),
+        "progress": place,
         "engine": engine.state(),
         "config": config.model_dump(mode="json"),
         "layout": {
@@ -121,32 +129,60 @@ def _candidates(config: Config) -> Generator[Path | None, str | None, None]:
     yield None
 
 
-def read_progress(config: Config, path: Path | None) -> Progress:
+def read_progress(config: Config, path: Path | None, fingerprint: str | None = None) -> Progress:
     """Where the run that starts from this checkpoint is; None is a fresh start, and so is `weights_only`.
+
+    Args:
+        fingerprint: of the run's tokenizer, None where it has none.
 
     Raises:
         CheckpointError: it holds no optimizer state, and `checkpoint.weights_only` is not set.
     """
+    origin = {} if fingerprint is None else {TOKENIZER: fingerprint}
     if path is None:
-        return Progress()
+        return Progress(origin=origin)
     with Reader(path) as reader:
+        found = {key: reader.metadata[key] for key in _HANDED_ON if key in reader.metadata}
+        if dist.get_rank() == 0:
+            _warn_of_another_tokenizer(config, reader, fingerprint)
         if _weights_only(config, reader):
-            return Progress()
+            return Progress(origin=found | origin)
         if not _holds_training(reader):
             raise CheckpointError(
                 f"{path} holds weights only, no optimizer state: to begin at step 0 with its weights, "
                 "set checkpoint.weights_only to true"
             )
-        progress = Progress(**reader.metadata["progress"])
+        progress = Progress(**reader.metadata["progress"], origin=found | origin)
         if dist.get_rank() == 0:
-            _warn_of_changed_data(reader.metadata["config"], config.model_dump(mode="json"), progress)
+            old, new = reader.metadata["config"], config.model_dump(mode="json")
+            _warn_of_changed_data(old, new, progress, by_name=not (TOKENIZER in found and origin))
         return progress
 
 
-def _warn_of_changed_data(old: dict[str, Any], new: dict[str, Any], progress: Progress) -> None:
+def _warn_of_another_tokenizer(config: Config, reader: Reader, fingerprint: str | None) -> None:
+    """No error, since tokens added to a tokenizer for fine-tuning change its fingerprint, too; and only the user knows
+    whether the others kept their ids."""
+    before = reader.metadata.get(TOKENIZER)
+    if before is None or fingerprint is None or before == fingerprint:
+        return
+    old, new = reader.metadata["config"]["data"]["tokenizer"], config.data.tokenizer
+    logger.warning(
+        "data.tokenizer %s is not the tokenizer that %s was trained with (%s): ids mean other tokens than in training. "
+        "Go on only where tokens were added to the same one; else take that one again, and data made with it",
+        *(new, reader.path, "the file has changed since" if old == new else f"that was {old}"),
+    )
+
+
+def _warn_of_changed_data(
+    old: dict[str, Any], new: dict[str, Any], progress: Progress, *, by_name: bool
+) -> None:
     """Without the position of each source, the position is a number of samples, which means something else where these
-    changed. With it, only another part of a file, or other ids, are other data."""
-    keys = [("data", "valid"), ("data", "split"), ("data", "tokenizer")]
+    changed. With it, only another part of a file, or other ids, are other data.
+
+    Args:
+        by_name: tokenizers are told apart by the name alone, as fingerprints are not known.
+    """
+    keys = [("data", "valid"), ("data", "split")] + [("data", "tokenizer")] * by_name
     if progress.data is None:
         keys += [("train", "seed"), ("model", "seq_length"), ("data", "train"), ("data", "order")]
     for section, key in keys:

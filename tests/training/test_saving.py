@@ -17,6 +17,7 @@ from megatron_lite.checkpoint.reshard import reshard
 from megatron_lite.training import saving
 from megatron_lite.training.saver import Saver
 from megatron_lite.training.saving import (
+    TOKENIZER,
     Progress,
     agreed_failure,
     find_start,
@@ -217,13 +218,19 @@ def test_each_damage_is_told_once(run: Path, tmp_path: Path) -> None:
     assert message.startswith(f"{steps[4]}/rank_00000.safetensors is damaged: ")
 
 
-def warned(case: Case) -> list[str]:
+def warnings_kept() -> list[str]:
+    """What is warned of from now on, in this process."""
     messages: list[str] = []
 
     def note(message: str, *args: Any) -> None:
         messages.append(message % args)
 
     saving.logger.warning = note  # type: ignore[method-assign, assignment]
+    return messages
+
+
+def warned(case: Case) -> list[str]:
+    messages = warnings_kept()
     start(case)
     return messages
 
@@ -233,6 +240,19 @@ def test_another_seed_is_a_warning(run: Path) -> None:
     first, second = run_ranks(2, warned, make(run, train__seed=5))
     assert len(first) == 1 and first[0].startswith("train.seed was 1234 and is 5: other samples follow")
     assert second == []
+
+
+def warned_with_another_tokenizer(case: Case) -> list[str]:
+    engine = make_engine(case.config())
+    Saver(engine).save(Progress(1, 8, 128, origin={TOKENIZER: "old"}), last=True)
+    path, messages = find_start(case.config()), warnings_kept()
+    assert read_progress(case.config(), path, "new").origin == {TOKENIZER: "new"}
+    return messages
+
+
+def test_another_tokenizer_is_told_once(tmp_path: Path) -> None:
+    first, second = run_ranks(2, warned_with_another_tokenizer, make(tmp_path, train__micro_batch_size=1))
+    assert len(first) == 1 and "is not the tokenizer that" in first[0] and second == []
 
 
 def written(case: Case) -> int:
