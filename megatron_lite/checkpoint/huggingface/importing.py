@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import Deferred
+from megatron_lite.checkpoint.files import Deferred, write_atomically
 from megatron_lite.checkpoint.huggingface.config import from_huggingface
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, GENERATION_CONFIG, Folder, read_json
 from megatron_lite.checkpoint.huggingface.tokenizer import tokenizer_of
@@ -22,8 +23,10 @@ def import_huggingface(source: Path, target: Path) -> Path:
     """Write the Hugging Face folder `source` as a checkpoint of step 0, weights only; its step folder.
 
     It is under `target`/checkpoints, as a run's would be; its configuration names the folder's tokenizer. Weights
-    keep their dtype. Raises CheckpointError for a model that we do not compute (with the reason), for quantized and
-    pickled weights, for tensors that are missing, of another shape, or not accounted for.
+    keep their dtype. `target`/config.json is for a run that begins with them: only the data are missing.
+
+    Raises CheckpointError for a model that we do not compute (with the reason), for quantized and pickled weights, for
+    tensors that are missing, of another shape, or not accounted for; where `target` has a config.json already.
     """
     theirs = read_json(source / CONFIG)
     model = from_huggingface(theirs)
@@ -31,8 +34,13 @@ def import_huggingface(source: Path, target: Path) -> Path:
     held = [rule for rule in rules(model) if rule.held]
     folder.check(held)
     generation = source / GENERATION_CONFIG
+    tree = _tree(source, target, model, folder.get(held[0].huggingface[0]).dtype)
+    try:
+        config = build_config(tree, str(source / CONFIG))
+    except ValueError as error:
+        raise CheckpointError(f"{source / CONFIG}: no configuration of ours: {error}") from error
     metadata = {
-        "config": _whole_config(source, target, model, folder.get(held[0].huggingface[0]).dtype),
+        "config": config.model_dump(mode="json"),
         "progress": {"step": 0, "consumed_samples": 0, "consumed_tokens": 0},
         # For an export of what was imported: what only Hugging Face's tools read.
         "huggingface": {
@@ -40,28 +48,32 @@ def import_huggingface(source: Path, target: Path) -> Path:
             "generation_config": read_json(generation) if generation.is_file() else None,
         },
     }
-    return save_files(target, 0, [[_piece(rule, folder) for rule in held]], metadata)
+    if (target / CONFIG).exists():  # the Hugging Face folder's own maybe
+        raise CheckpointError(f"{target / CONFIG} is there already; give another folder")
+    step = save_files(target, 0, [[_piece(rule, folder) for rule in held]], metadata)
+    write_atomically(target / CONFIG, f"{json.dumps(tree, indent=2)}\n".encode())
+    return step
 
 
-def _whole_config(source: Path, target: Path, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _tree(source: Path, target: Path, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """A configuration that loads: the model's, the tokenizer's, and the least that training asks for."""
-    tree = {
-        "description": f"imported from {source.name}; only model and data.tokenizer say something",
+    target = target.resolve()
+    return {
+        "description": f"Training from the weights of {source.name}. Name the data: --set data.train=PREFIX; and set "
+        "train.steps, the batch sizes, optimizer.lr and, for shorter samples, model.seq_length as you need them",
         "model": model.model_dump(mode="json"),
         "data": {"tokenizer": tokenizer_of(source.resolve())},
         "train": {
             "micro_batch_size": 1,
             "global_batch_size": 1,
             "steps": 1,
-            "output_dir": str(target),
+            # Of its own, so that retention never takes the imported weights.
+            "output_dir": str(target / "run"),
             "precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
         },
         "optimizer": {"lr": 1e-5, "schedule": "constant"},
+        "checkpoint": {"load": str(target), "weights_only": True},
     }
-    try:
-        return build_config(tree, str(source / CONFIG)).model_dump(mode="json")
-    except ValueError as error:
-        raise CheckpointError(f"{source / CONFIG}: no configuration of ours: {error}") from error
 
 
 def _piece(rule: Rule, folder: Folder) -> Piece:
