@@ -54,6 +54,11 @@ REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
         "is for DeepSpeed's own checkpoints; remove it: ours load on any number of ranks",
     ),
     "zero_optimization.offload_optimizer.device": (("cpu", "none"), _NVME),
+    "zero_optimization.offload_optimizer.ratio": (
+        (1,),
+        "must be 1: less keeps a part of the optimizer on the GPU, which needs DeepSpeed's own CPU optimizer, not "
+        "the one that checkpoints are made of; nearest: 1",
+    ),
     "zero_optimization.offload_optimizer.super_offload": (
         (False,),
         "replaces the optimizer that checkpoints are made of; remove it: offload_optimizer works without it",

@@ -227,6 +227,8 @@ UNUSABLE: list[tuple[str, Any, str]] = [
     ("pipeline.stages", 2, "set parallel.pipeline"),
     ("zero_optimization.elastic_checkpoint", True, "ours load on any number of ranks"),
     ("zero_optimization.offload_optimizer.device", "nvme", 'nearest: "cpu"'),
+    ("zero_optimization.offload_optimizer.ratio", 0.5, "nearest: 1"),
+    ("zero_optimization.offload_optimizer.ratio", "x", "nearest: 1"),
     ("zero_optimization.offload_optimizer.super_offload", True, "works without it"),
     ("zero_optimization.offload_param.device", "nvme", 'nearest: "cpu"'),
     ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "set zero_optimization.offload_optimizer"),
