@@ -13,6 +13,8 @@ Megatron-DeepSpeed's models. The optimizer state comes along where the format ha
 One parameter is in memory at a time. An export to hf is checked before it is called done: read back, every parameter
 has the bits that were written; transformers loads it, and its logits must be those of our own model (one after the
 other is in memory then, in fp32); its tokenizer must give our ids. --no-check leaves this out.
+Exported weights get their names when all are on the disk: of an export that was killed there is no half, and the next
+one into its folder clears away what it left.
 Exit status: 0 done, 2 what was asked for cannot be done.
 """
 

@@ -43,6 +43,9 @@ class Folder:
                 # GPT-2 on the Hub was saved from the model without its head.
                 bare = name.startswith(("wte.", "wpe.", "h.", "ln_f."))
                 self._where[f"transformer.{name}" if bare else name] = (opened, name)
+        if model.num_layers > len(self._where):  # before a list is made of what they should hold
+            fault = f"config.json says {model.num_layers} layers, and there are {len(self._where)} tensors"
+            raise CheckpointError(f"{path}: {fault}; is config.json that of the weights?")
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor, mapped. Raises CheckpointError where there is none of that name."""
