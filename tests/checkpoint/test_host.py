@@ -48,8 +48,10 @@ def test_memory_stays_the_same_after_a_fork():
     """What the child writes would not be seen in a private page, and neither would what a GPU writes."""
     (copy,) = HostCopy().take([Piece.whole("p", "weight", torch.zeros(3))])
     if (child := os.fork()) == 0:
-        copy.data.fill_(1)
-        os._exit(0)
+        try:
+            copy.data.fill_(1)
+        finally:
+            os._exit(0)  # whatever happens, a child must not run the rest of the tests
     os.waitpid(child, 0)
     assert copy.data.tolist() == [1, 1, 1]
 
