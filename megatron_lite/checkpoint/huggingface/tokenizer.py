@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.files import write_atomically
 from megatron_lite.checkpoint.huggingface.byte_level import of_bytes, of_tiktoken
+from megatron_lite.checkpoint.huggingface.spm import (
+    UNIGRAM,
+    Model,
+    UnknownModel,
+    notes_of,
+    of_sentencepiece,
+    read_model,
+)
 from megatron_lite.checkpoint.reader import Reader
 from megatron_lite.config import TOKENIZER_KINDS, ModelConfig
 from megatron_lite.tokenizers import ByteTokenizer, Tokenizer, TokenizerError, load_tokenizer
+from megatron_lite.tokenizers.gigatoken import hard_texts
 from megatron_lite.tokenizers.huggingface import HuggingFaceTokenizer, find_gpt2_files
 from megatron_lite.tokenizers.openai import TiktokenTokenizer
 from megatron_lite.tokenizers.spm import SentencePieceTokenizer
@@ -69,16 +80,24 @@ def export_tokenizer(reader: Reader, given: str | None, target: Path, model: Mod
         if given:
             raise CheckpointError(str(error)) from error
         return Tokens(f"none: {error}", {})
-    found = _write(spec, tokenizer, target)
+    try:
+        found = _write(spec, tokenizer, target)
+    except UnknownModel as error:
+        fault = f"{spec} has no tokenizer.json that gives its ids: {error}"
+        if given:
+            raise CheckpointError(f"{fault}; leave --tokenizer out") from error
+        return Tokens(f"none: {fault}; readers have to take the file itself", {})
     if not found:
         kind = spec.partition(":")[0]
         return Tokens(f"none: {kind} tokenizers have no Hugging Face form", {})
     if SETTINGS not in found:
-        _write_json(target / SETTINGS, _settings(tokenizer, found, model))
+        _write_json(target / SETTINGS, _settings(tokenizer, target, found, model))
         found.append(SETTINGS)
     note = f"{spec} as {', '.join(found)}"
     if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.adds_tokens:
         note += "; by itself it puts special tokens around a text, which training here does not"
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        note += "".join(f"; {line}" for line in notes_of(read_model((target / SENTENCEPIECE).read_bytes())))
     return Tokens(note, _ids(tokenizer, target))
 
 
@@ -93,8 +112,9 @@ def _write(spec: str, tokenizer: Tokenizer, target: Path) -> list[str]:
         _write_json(target / FAST, of_tiktoken(tokenizer))
         return [FAST]
     if isinstance(tokenizer, SentencePieceTokenizer):
-        _copy(where, target / SENTENCEPIECE)
-        return [SENTENCEPIECE]
+        _write_json(target / FAST, _of_sentencepiece(tokenizer, read_model(where.read_bytes())))
+        _copy(where, target / SENTENCEPIECE)  # llama.cpp takes it before the other
+        return [FAST, SENTENCEPIECE]
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return []
     if kind == "gpt2" or (where.is_dir() and not (where / FAST).is_file()):
@@ -113,11 +133,25 @@ def _write(spec: str, tokenizer: Tokenizer, target: Path) -> list[str]:
     return found
 
 
-def _settings(tokenizer: Tokenizer, files: list[str], model: ModelConfig) -> dict[str, Any]:
+def _of_sentencepiece(tokenizer: SentencePieceTokenizer, model: Model) -> dict[str, Any]:
+    """tokenizer.json of a SentencePiece model. Raises UnknownModel where it would give other ids."""
+    content = of_sentencepiece(model)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_json(Path(folder, FAST), content)
+        theirs = HuggingFaceTokenizer.load(folder)
+    for text in hard_texts():
+        text = unicodedata.normalize("NFC", text) if model.table else text  # see notes_of
+        ids, others = tokenizer.encode(text), theirs.encode(text)
+        if ids != others and not (model.algorithm == UNIGRAM and sorted(ids) == sorted(others)):
+            raise UnknownModel(f"it has others for {text[:40]!r}")
+    return content
+
+
+def _settings(tokenizer: Tokenizer, target: Path, files: list[str], model: ModelConfig) -> dict[str, Any]:
     """tokenizer_config.json. Nothing is put around a text, as in training."""
-    kinds = {SENTENCEPIECE: "LlamaTokenizer", GPT2_FILES[0]: "GPT2Tokenizer"}
     settings: dict[str, Any] = {
-        "tokenizer_class": next((kinds[name] for name in files if name in kinds), "PreTrainedTokenizerFast"),
+        # Other classes have rules of their own, whatever tokenizer.json says.
+        "tokenizer_class": "GPT2Tokenizer" if GPT2_FILES[0] in files else "PreTrainedTokenizerFast",
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
@@ -129,6 +163,10 @@ def _settings(tokenizer: Tokenizer, files: list[str], model: ModelConfig) -> dic
         settings |= {"bos_token": end, "eos_token": end}
         if GPT2_FILES[0] in files:
             settings["unk_token"] = end
+    if SENTENCEPIECE in files:
+        named = read_model((target / SENTENCEPIECE).read_bytes())
+        own = {"bos_token": named.first, "eos_token": named.last, "unk_token": named.unknown}
+        settings |= {key: name for key, name in own.items() if name is not None}
     return settings
 
 
@@ -137,13 +175,17 @@ def _ids(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
     ids = (
         {} if tokenizer.eod_id is None else dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eod_id)
     )
+    special: dict[str, int] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        settings = json.loads((target / SETTINGS).read_text(encoding="utf-8"))
-        for key in ("bos_token", "eos_token"):
-            name = settings.get(key)
-            name = name.get("content") if isinstance(name, dict) else name
-            if name in tokenizer.special_ids:
-                ids[f"{key}_id"] = tokenizer.special_ids[name]
+        special = tokenizer.special_ids
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        special = read_model((target / SENTENCEPIECE).read_bytes()).special_ids
+    settings = json.loads((target / SETTINGS).read_text(encoding="utf-8"))
+    for key in ("bos_token", "eos_token"):
+        name = settings.get(key)
+        name = name.get("content") if isinstance(name, dict) else name
+        if name in special:
+            ids[f"{key}_id"] = special[name]
     return ids
 
 
