@@ -219,3 +219,25 @@ def test_symbols_of_the_user_where_nothing_is_done_to_spaces(tmp_path):
     tokenizer, theirs = load_tokenizer(spec), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for one, other in pairwise([*TEXTS, "the<sep> or", "<sep><sep>"]):
         assert theirs(one + other).input_ids == tokenizer.encode(one + other)
+
+
+def test_a_folder_of_the_hub_that_names_llamas_own_class(exported, tmp_path):
+    """Trained with its tokenizer.json, which that class does not follow for spaces; what else it says stays."""
+    tokenizer, made, *_ = exported
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "tokenizer.json").write_bytes((made / "tokenizer.json").read_bytes())
+    said = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "bos_token": "<s>",
+        "chat_template": "{{ x }}",
+    }
+    (hub / "tokenizer_config.json").write_text(json.dumps(said))
+    _, step = ours("llama-gqa", tmp_path / "run", f"hf:{hub}", vocab_size=tokenizer.vocab_size, num_layers=1)
+    export_huggingface(step, tmp_path / "hf")
+    assert "the same ids" in check_export(step, tmp_path / "hf")[-1]
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings == said | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    export_huggingface(step, hub)
+    assert json.loads((hub / "tokenizer_config.json").read_text()) == said, "its own folder is left as it was"

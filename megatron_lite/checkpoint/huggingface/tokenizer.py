@@ -130,7 +130,19 @@ def _write(spec: str, tokenizer: Tokenizer, target: Path) -> list[str]:
     found = [name for name in FILES if (folder / name).is_file()]
     for name in found:
         _copy(folder / name, target / name)
+    if SETTINGS in found and folder.resolve() != target.resolve():
+        _leave_rules_to_file(target / SETTINGS)
     return found
+
+
+def _leave_rules_to_file(path: Path) -> None:
+    """Name a class that takes what tokenizer.json says, as training did, in a tokenizer_config.json of Llama's.
+
+    Its own class makes the rules for spaces anew in release 5 of transformers.
+    """
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        _write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer, model: Model) -> dict[str, Any]:
