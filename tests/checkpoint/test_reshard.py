@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -191,13 +192,15 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
         save(tmp_path / folder, 1, pieces, {})
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)],
+        env=os.environ
+        | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back: no luck in the peak
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
     small, large = (int(line) for line in run.stdout.split())
-    assert large - small < 32 * 1024, f"the peak grew from {small} KiB to {large} KiB"
+    assert large - small < 24 * 1024, f"the peak grew from {small} KiB to {large} KiB"
 
 
 def test_merged(tmp_path):
