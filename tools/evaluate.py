@@ -20,6 +20,7 @@ from megatron_lite.checkpoint import Reader, resolve
 from megatron_lite.config import Config, DataConfig
 from megatron_lite.config.sections import prefixes
 from megatron_lite.data.build import build_dataset
+from megatron_lite.data.errors import DatasetError
 from megatron_lite.data.loader import DataLoader, make_loader
 from megatron_lite.data.sidecar import check_datasets, read_sidecar
 from megatron_lite.inference import load_model, open_tokenizer, read_config
@@ -65,7 +66,11 @@ def evaluate(options: argparse.Namespace) -> str:
     device = choose_device(options.device, detect_launch())
     with Reader(resolve(options.load, checksums=not options.no_check)) as reader:
         config = read_config(reader)
-        loader, steps = held_out(config, options)
+        try:
+            loader, steps = held_out(config, options)
+        except DatasetError as error:
+            remedy = "" if options.data else "; for data elsewhere give --data PREFIX, all of which is taken"
+            raise ValueError(f"{error}{remedy}") from error
         dtype = DTYPES[options.dtype or config.train.precision]
         model = load_model(reader, config, dtype=dtype, device=device)
         loss, tokens = mean_loss(model, loader, steps)

@@ -14,6 +14,7 @@ Exit status: 0 done, 2 bad input or settings.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 import time
@@ -238,8 +239,11 @@ class Session:
     def encode(self, prompts: list[str]) -> list[list[int]]:
         """Token ids of each prompt; an empty one stands for the start of a document.
 
-        Raises ValueError for a prompt that is too long, or made of tokens the model does not have.
+        Raises ValueError for a prompt that is too long, not UTF-8, or made of tokens the model does not have.
         """
+        for prompt in prompts:
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of other bytes
+                raise ValueError(f"the prompt {prompt[:40]!r} is not UTF-8 text")
         rows = self.tokenizer.encode_batch(prompts)
         if self.tokenizer.eod_id is not None:
             rows = [row or [self.tokenizer.eod_id] for row in rows]
@@ -287,6 +291,8 @@ class Session:
 
     def lines(self) -> Iterator[str]:
         """The lines that the first rank reads, on every rank."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line of other bytes is for `encode` to refuse
         while True:
             line: list[Any] = [None]
             if self.launch.is_first:

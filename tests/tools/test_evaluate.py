@@ -174,6 +174,17 @@ def test_a_tokenizer_that_was_moved(
     assert loss_of(*given) == loss_of("--load", str(run), "--data", prefix)
 
 
+def test_data_that_were_moved(tmp_path: Path) -> None:
+    gone = tmp_path / "data"
+    gone.mkdir()
+    run_command(words(write_bytes(gone), tmp_path / "run", "train.steps=1"))
+    gone.rename(tmp_path / "elsewhere")
+    status, out, err = evaluate("--load", f"{tmp_path}/run")
+    assert (status, out) == (2, "")
+    assert f"{gone}/bytes.idx: no such file" in err and "for data elsewhere give --data PREFIX" in err
+    loss_of("--load", f"{tmp_path}/run", "--data", f"{tmp_path}/elsewhere/bytes")
+
+
 def test_data_of_another_tokenizer(run: Path, tmp_path: Path) -> None:
     """What the message says can be done."""
     prefix = write_bytes(tmp_path)

@@ -290,6 +290,16 @@ def test_a_prompt_too_long_is_refused_but_does_not_end_a_conversation(
     assert status == 0 and out.startswith("ab") and "at most 31" in err
 
 
+def test_a_prompt_of_other_bytes_is_refused_but_does_not_end_a_conversation(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(r"error: the prompt 'caf\udce9' is not UTF-8 text", "--load", run, "--prompt", "caf\udce9")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nab\n"), encoding="utf-8"))
+    status, out, err = call("--load", run, "--max-new-tokens", 4)
+    assert status == 0 and out.startswith("ab")
+    assert err == "error: the prompt 'caf\\udce9' is not UTF-8 text\n"
+
+
 def on_ranks(function: Callable[[], Outcome]) -> list[Outcome]:
     return run_ranks(2, function)
 
