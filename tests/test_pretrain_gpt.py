@@ -21,6 +21,7 @@ from megatron_lite.config import load_config
 from megatron_lite.data import IndexedDatasetWriter
 from megatron_lite.data.audit import audit
 from megatron_lite.training.metrics import Metrics
+from megatron_lite.training.output import LOCK
 from megatron_lite.training.schedule import learning_rate
 from tests.command_line import TINY, Result, repeatable, rows, run_command, words, write_bytes
 from tests.distributed import RankFailed
@@ -313,7 +314,9 @@ def test_load_weights_only_begins_at_step_one_with_trained_weights(
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All files but the one that says which process holds the folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK]
+    return {str(path): path.read_bytes() for path in files}
 
 
 def truncated(data: Path, run: Path) -> tuple[list[str], str]:

@@ -25,6 +25,7 @@ from megatron_lite.tokenizers import load_tokenizer
 from megatron_lite.training.allocator import set_cpu_allocator
 from megatron_lite.training.engine import Engine, build_engine
 from megatron_lite.training.metrics import Metrics, peak_memory_gib
+from megatron_lite.training.output import Output
 from megatron_lite.training.resilience import PeerWatch, RunFailed, StopSignals, check_finite
 from megatron_lite.training.saver import RankLost, Saver
 from megatron_lite.training.saving import (
@@ -49,6 +50,7 @@ class Run:
     train_loader: DataLoader
     data: RunData
     loader: Callable[..., DataLoader]  # of a dataset, from consumed_samples on
+    output: Output
     metrics: Metrics
     progress: Progress
     stop: StopSignals
@@ -66,8 +68,11 @@ def train(run: Run) -> None:
         logger.info(
             "nothing to do: step %d is done, and train.steps is %d", run.progress.step, run.config.train.steps
         )
-    files = contextlib.closing(run.metrics), contextlib.closing(run.train_loader)
-    with files[0], files[1], PeerWatch(), _failed_saves_end_the_run(), run.saver:
+    with contextlib.ExitStack() as stack:
+        for held in (run.output, run.metrics, run.train_loader):
+            stack.enter_context(contextlib.closing(held))
+        for context in (PeerWatch(), _failed_saves_end_the_run(), run.saver):
+            stack.enter_context(context)
         _train(run)
     peak = peak_memory_gib(run.engine.runtime.device)
     logger.info("done at step %d | peak memory %.2f GiB", run.progress.step, peak)
@@ -179,6 +184,7 @@ def start(config: Config, launch: Launch) -> Run:
         check_datasets(config.data, fingerprint)
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel)
     with agreed_failure():
+        output = Output(config, active=mesh.rank == 0)
         metrics = Metrics(config, device, mesh.world_size, active=mesh.rank == 0)
     checkpoint = find_start(config)
 
@@ -203,7 +209,7 @@ def start(config: Config, launch: Launch) -> Run:
     train_loader = loader(data.train, **place, num_workers=config.data.num_workers)
     with agreed_failure():  # and together, so that the first step's time is a step's
         metrics.open(progress.step)
-    return Run(config, engine, train_loader, data, loader, metrics, progress, stop, Saver(engine))
+    return Run(config, engine, train_loader, data, loader, output, metrics, progress, stop, Saver(engine))
 
 
 def _check_same_device(device: torch.device) -> None:
