@@ -238,6 +238,7 @@ def test_a_folder_of_the_hub_that_names_llamas_own_class(exported, tmp_path):
     export_huggingface(step, tmp_path / "hf")
     assert "the same ids" in check_export(step, tmp_path / "hf")[-1]
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
-    assert settings == said | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    inputs = ["input_ids", "attention_mask"]
+    assert settings == said | {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
     export_huggingface(step, hub)
     assert json.loads((hub / "tokenizer_config.json").read_text()) == said, "its own folder is left as it was"

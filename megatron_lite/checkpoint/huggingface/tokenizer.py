@@ -37,6 +37,8 @@ GPT2_FILES = ("vocab.json", "merges.txt")
 # What else lies in a folder of the Hub and belongs to the tokenizer.
 _OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 FILES = (FAST, SENTENCEPIECE, SETTINGS, *GPT2_FILES, *_OTHERS)
+# Release 4 of transformers also makes token_type_ids by itself, which its `generate` then refuses.
+_INPUTS = ["input_ids", "attention_mask"]
 
 
 class Tokens(NamedTuple):
@@ -142,7 +144,8 @@ def _leave_rules_to_file(path: Path) -> None:
     """
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        _write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        changed = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": _INPUTS}
+        _write_json(path, settings | changed)
 
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer, model: Model) -> dict[str, Any]:
@@ -168,6 +171,7 @@ def _settings(tokenizer: Tokenizer, target: Path, files: list[str], model: Model
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.max_positions,
+        "model_input_names": _INPUTS,
     }
     if tokenizer.eod_id is not None:
         end = tokenizer.decode([tokenizer.eod_id])
