@@ -76,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: {options.save} is not done", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -168,10 +171,8 @@ def file_bytes(options: argparse.Namespace) -> int:
 
 def verified(options: argparse.Namespace) -> Path:
     """The step folder of ours that --load means, read through."""
-    source = resolve(options.load)
+    source = resolve(options.load, checksums=not options.no_check)
     if not options.no_check:
-        with Reader(source) as reader:
-            reader.verify()
         print(f"{source}: whole, every checksum right")
     return source
 

@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from megatron_lite.checkpoint.diff import (
     open_one,
     open_two,
 )
+from megatron_lite.checkpoint.reader import step_folders
 
 _BLOCK = re.compile(r"(.*?\b\d+)\.(.+)")
 # Metadata with lines of their own, or pages long (index.json has them).
@@ -56,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.diff is not None:
-            return diff(options)
+            status = diff(options)
+            sys.stdout.flush()
+            return status
         tensors = open_one(options.path)
         if options.verify:
             verify(tensors, options.path)
@@ -65,16 +69,28 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(found | ({"verified": True} if options.verify else {}), indent=2))
         else:
             print("\n".join(text_of(found, options.verify)))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python would say it once more at its end
+        return 0
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
 def verify(tensors: Tensors, path: Path) -> None:
+    """Raises CheckpointError where it is damaged, or where that is so of the step that a run's folder is to mean."""
     if not isinstance(tensors, Own):
         raise CheckpointError(f"{path} holds no checksums; only checkpoints of ours do")
     tensors.reader.verify()
+    step = tensors.reader.path
+    if path.resolve() != step.resolve() and (first := step_folders(step.parent)[0]) != step:
+        raise CheckpointError(f"{first} is damaged, as said above; {step}, the next to resume from, is whole")
 
 
 def describe(tensors: Tensors, path: Path, norms: bool) -> dict[str, Any]:

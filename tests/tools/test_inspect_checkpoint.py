@@ -1,6 +1,10 @@
 """tools/inspect_checkpoint.py."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -11,6 +15,7 @@ from tests.checkpoint.test_reshard import save_model
 from tools.convert_checkpoint import main as convert
 from tools.inspect_checkpoint import main
 
+ROOT = Path(__file__).resolve().parents[2]
 TAKEN = [8, "none", 11]
 PROGRESS = {
     "step": 7,
@@ -104,6 +109,45 @@ def test_damage_is_an_error(tmp_path, capsys):
     assert "weight/norm.weight/0:4/0 does not match its checksum" in capsys.readouterr().err
     assert main([str(path), "--diff", str(path), "--verify"]) == 2
     assert main([str(tmp_path / "none")]) == 2
+
+
+def test_a_run_whose_newest_step_is_damaged_is_not_verified(tmp_path, capsys):
+    older, newest = (save_small(tmp_path, step) for step in (7, 8))
+    assert main([str(tmp_path), "--verify"]) == 0
+    file = newest / "rank_00000.safetensors"
+    os.truncate(file, file.stat().st_size - 5)
+    capsys.readouterr()
+    assert main([str(tmp_path)]) == 0 and "step 7" in capsys.readouterr().out
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        assert main([str(folder), "--verify", "--json"]) == 2
+        out, err = capsys.readouterr()
+        assert not out and f"{newest} is damaged" in err and f"{older}, the next to resume from" in err
+    assert main([str(older), "--verify"]) == 0
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """As `inspect_checkpoint.py … | head -1`, of more than a pipe takes."""
+    pieces = [Piece.whole(f"p{at}.weight", "weight", torch.ones(2)) for at in range(3000)]
+    step = save(tmp_path, 1, pieces, {})
+    for more in ("", f"--diff {tmp_path}"):
+        command = (
+            f"{sys.executable} -m tools.inspect_checkpoint {step} {more} | head -1; exit ${{PIPESTATUS[0]}}"
+        )
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, ""), more
+        assert len(done.stdout.splitlines()) == 1
+
+
+def test_ctrl_c_is_quiet(tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    step = save_small(tmp_path)
+    monkeypatch.setattr("tools.inspect_checkpoint.describe", interrupt)
+    monkeypatch.setattr("tools.convert_checkpoint.merge", interrupt)
+    assert main([str(step)]) == 130
+    assert convert(["--load", str(step), "--save", str(tmp_path / "out"), "--to", "safetensors"]) == 130
+    assert "out is not done" in capsys.readouterr().err
 
 
 def test_equal_checkpoints(tmp_path, capsys):
