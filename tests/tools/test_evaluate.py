@@ -201,6 +201,17 @@ def test_data_of_another_tokenizer(run: Path, tmp_path: Path) -> None:
     loss_of("--load", str(run), "--data", prefix, "--tokenizer", spec)
 
 
+def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import evaluate as tool
+
+    def interrupted(_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "evaluate", interrupted)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--load", "x"])
+    assert tool.main() == 130
+
+
 def test_no_other_split_is_indexed(run: Path, tmp_path: Path) -> None:
     """A run's training index may be large, and is not needed."""
     prefix = write_bytes(tmp_path)
