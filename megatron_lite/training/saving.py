@@ -225,14 +225,19 @@ def load_checkpoint(engine: Engine, path: Path) -> None:
 
 # What changes the function that the weights compute, without changing their shapes.
 _STRUCTURE = ["num_attention_heads", "num_query_groups", "kv_channels", "position_embedding", "normalization"]
-_STRUCTURE += [
-    "norm_epsilon",
-    "activation",
-    "qk_layernorm",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_scaling",
-]
+_STRUCTURE += ["norm_epsilon", "activation", "qk_layernorm"]
+_ROTARY = ["rotary_base", "rotary_percent", "rotary_scaling"]
+
+
+def _structure(model: dict[str, Any]) -> dict[str, Any]:
+    """What of a model section, as JSON gives it, is compared: what the model uses, and two nulls as what they mean."""
+    used = _STRUCTURE + (_ROTARY if model.get("position_embedding") == "rope" else [])
+    found = {key: model[key] for key in used if key in model}
+    if {"num_attention_heads", "hidden_size"} <= model.keys():
+        heads = model["num_attention_heads"]
+        meant = {"num_query_groups": heads, "kv_channels": model["hidden_size"] // heads}
+        found |= {key: value for key, value in meant.items() if key in found and found[key] is None}
+    return found
 
 
 def _check_model(engine: Engine, reader: Reader, names: set[str]) -> None:
@@ -248,12 +253,14 @@ def _check_model(engine: Engine, reader: Reader, names: set[str]) -> None:
         elif (shape := reader.shape(name)) != spec.global_shape and not (
             0 < before <= now <= shape[0] and differs_in_padding(spec, shape)
         ):
-            faults.append(f"{name} is {shape}, the model's is {spec.global_shape}")
+            remedy = _positions_remedy(new, shape[0]) if name == "position.weight" else ""
+            faults.append(f"{name} is {shape}, the model's is {spec.global_shape}{remedy}")
     faults += [f"{name} is not in the model" for name in sorted(held - names)]
+    mine = _structure(new)
     faults += [
-        f"model.{key} was {old[key]} and is {new[key]}"
-        for key in _STRUCTURE
-        if key in old and old[key] != new[key]
+        f"model.{key} was {value} and is {mine[key]}"
+        for key, value in _structure(old).items()
+        if key in mine and mine[key] != value
     ]
     if before > now:
         # Fewer ids are another tokenizer's. They are not where the old number was one rounded up by hand.
@@ -269,3 +276,9 @@ def _check_model(engine: Engine, reader: Reader, names: set[str]) -> None:
             "meant: go on only where tokens were added to the same tokenizer",
             *(before, now, before),
         )
+
+
+def _positions_remedy(model: dict[str, Any], rows: int) -> str:
+    """What to set for a table of learned positions with so many rows: it has no more, however long samples are."""
+    least = f" and model.seq_length to {rows} or less" if model["seq_length"] > rows else ""
+    return f" (set model.max_position_embeddings to {rows}{least})"

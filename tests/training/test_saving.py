@@ -251,6 +251,7 @@ def warned_with_another_tokenizer(case: Case) -> list[str]:
 
 
 def test_another_tokenizer_is_told_once(tmp_path: Path) -> None:
+    import_what_ranks_import()
     first, second = run_ranks(2, warned_with_another_tokenizer, make(tmp_path, train__micro_batch_size=1))
     assert len(first) == 1 and "is not the tokenizer that" in first[0] and second == []
 

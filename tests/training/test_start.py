@@ -180,6 +180,11 @@ def load_case(case: Case, folder: Path) -> str:
             "model.vocab_size was 61 and is 50, as with another tokenizer (with the same one",
         ),
         ({"hidden_dropout": 0.1}, "loaded"),
+        ({"seq_length": 8, "max_position_embeddings": 16}, "loaded"),
+        # What learned positions do not use, and what a null means.
+        ({"rotary_base": 5e5, "rotary_percent": 0.5}, "loaded"),
+        ({"num_query_groups": 4, "kv_channels": 8}, "loaded"),
+        ({"position_embedding": "rope"}, "model.position_embedding was learned_absolute and is rope"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(
@@ -188,6 +193,32 @@ def test_a_checkpoint_of_another_model_is_refused(
     run_ranks(1, save_case, Case(), tmp_path)
     for message in run_ranks(pipeline, load_case, Case(pipeline=pipeline, model=model), tmp_path):
         assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("style", "model", "expected"),
+    [
+        ("llama", {"rotary_base": 5e5}, "model.rotary_base was 10000.0 and is 500000.0"),
+        (
+            "llama",
+            {"rotary_scaling": {"type": "linear", "factor": 2.0}},
+            "model.rotary_scaling was None and is ",
+        ),
+        ("llama", {"seq_length": 32}, "loaded"),
+        ("gpt2", {"seq_length": 8}, "the model's is (8, 32) (set model.max_position_embeddings to 16)"),
+        (
+            "gpt2",
+            {"seq_length": 32},
+            "(set model.max_position_embeddings to 16 and model.seq_length to 16 or less)",
+        ),
+    ],
+)
+def test_other_positions_are_refused(
+    tmp_path: Path, style: str, model: dict[str, object], expected: str
+) -> None:
+    run_ranks(1, save_case, Case(style=style), tmp_path)
+    (message,) = run_ranks(1, load_case, Case(style=style, model=model), tmp_path)
+    assert expected in message
 
 
 def load_and_warnings(case: Case, folder: Path) -> tuple[list[str], bool, float]:
