@@ -236,8 +236,13 @@ def to_huggingface(options: argparse.Namespace) -> None:
     )
     print(f"tokenizer: {exported.tokenizer}")
     if not options.no_check:
-        for line in check_export(source, options.save, options.tokenizer):
-            print(line)
+        lines = check_export(source, options.save, options.tokenizer)
+        print("\n".join(lines))
+        if any("gives other ids than" in line for line in lines):
+            raise CheckpointError(
+                f"{options.save}: the weights are right, but transformers' AutoTokenizer gives other ids (see above): "
+                "read the tokenizer as said there; --no-check exports without this error"
+            )
 
 
 def from_huggingface(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from megatron_lite.checkpoint.huggingface.check import TEXTS
 from megatron_lite.tokenizers import CharTokenizer, load_tokenizer
 from megatron_lite.tokenizers.gigatoken import hard_texts
 from tests.checkpoint.huggingface_models import LLAMA3_SCALING, OURS, ours, transformers
+from tools.convert_checkpoint import main as convert
 from tools.generate import main as generate
 
 
@@ -326,13 +327,18 @@ def test_a_sentencepiece_model_is_copied(tmp_path):
     assert tokenizer_of(tmp_path / "hf") == f"sentencepiece:{tmp_path / 'hf' / 'tokenizer.model'}"
 
 
-def test_a_tokenizer_that_transformers_reads_by_rules_of_its_own(tmp_path, specs):
-    """Release 5 has Qwen2Tokenizer for every model_type "qwen2", which takes digits one by one. The export says so."""
+def test_a_tokenizer_that_transformers_reads_by_rules_of_its_own(tmp_path, specs, capsys):
+    """Release 5 has Qwen2Tokenizer for every model_type "qwen2", which takes digits one by one. The export says so, and
+    ends with an error."""
     _, step = ours("qwen2", tmp_path / "run", specs["gpt2"], vocab_size=300)
-    export_huggingface(step, tmp_path / "hf")
-    line = check_export(step, tmp_path / "hf")[-1]
-    if "the same ids" not in line:
-        assert "by Qwen2Tokenizer's own rules; take PreTrainedTokenizerFast" in line
+    asked = ["--load", str(step), "--save", str(tmp_path / "hf"), "--to", "hf"]
+    status, said = convert(asked), capsys.readouterr()
+    if "the same ids" not in said.out:
+        assert status == 2 and "by Qwen2Tokenizer's own rules; take PreTrainedTokenizerFast" in said.out
+        assert "the weights are right, but transformers' AutoTokenizer gives other ids" in said.err
+    else:
+        assert status == 0
+    assert convert([*asked[:-3], str(tmp_path / "unchecked"), *asked[-2:], "--no-check"]) == 0
 
 
 def test_a_wrong_tokenizer_json_is_found(tmp_path):
