@@ -62,7 +62,9 @@ def save(
             result = action()
         except Exception as error:  # whatever it is, the other ranks are waiting for word of it
             cause = error
-        reports = gather((result, None if cause is None else f"rank {rank}: {str(cause) or type(cause).__name__}"))
+        reports = gather(
+            (result, None if cause is None else f"rank {rank}: {str(cause) or type(cause).__name__}")
+        )
         assert len(reports) == world_size, "gather must give every rank the values of all ranks"
         if faults := [fault for _, fault in reports if fault]:
             if rank == 0:
