@@ -170,10 +170,12 @@ def file_bytes(options: argparse.Namespace) -> int:
 
 
 def verified(options: argparse.Namespace) -> Path:
-    """The step folder of ours that --load means, read through."""
-    source = resolve(options.load, checksums=not options.no_check)
-    if not options.no_check:
-        print(f"{source}: whole, every checksum right")
+    """The step folder of ours that --load means, what is taken from it read through."""
+    if options.no_check:
+        return resolve(options.load)
+    weights = options.to != "megatron_lite" or options.weights_only
+    source = resolve(options.load, checksums="weight" if weights else True)
+    print(f"{source}: every checksum{' of its weights' if weights else ''} right")
     return source
 
 

@@ -66,7 +66,7 @@ def main() -> int:
 def evaluate(options: argparse.Namespace) -> str:
     """The result as a line of text."""
     device = choose_device(options.device, detect_launch())
-    with Reader(resolve(options.load, checksums=not options.no_check)) as reader:
+    with Reader(resolve(options.load, checksums=not options.no_check and "weight")) as reader:
         config = read_config(reader)
         try:
             loader, steps = held_out(config, options)

@@ -181,7 +181,7 @@ def find_checkpoint(options: argparse.Namespace, launch: Launch) -> Path:
 def verify(folder: Path, launch: Launch) -> None:
     """Reads this rank's share of a checkpoint's files through."""
     with Reader(folder) as reader:
-        reader.verify(reader.files[launch.rank :: launch.world_size])
+        reader.verify(reader.files[launch.rank :: launch.world_size], "weight")
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

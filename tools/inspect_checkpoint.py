@@ -37,7 +37,7 @@ from megatron_lite.checkpoint.diff import (
     open_one,
     open_two,
 )
-from megatron_lite.checkpoint.reader import step_folders
+from megatron_lite.checkpoint.latest import step_folders
 
 _BLOCK = re.compile(r"(.*?\b\d+)\.(.+)")
 # Metadata with lines of their own, or pages long (index.json has them).

@@ -6,8 +6,9 @@
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.files import Deferred
 from megatron_lite.checkpoint.host import HostCopy, available_bytes
+from megatron_lite.checkpoint.latest import find_latest, resolve, search, search_output
 from megatron_lite.checkpoint.layout import KINDS, Piece
-from megatron_lite.checkpoint.reader import Reader, find_latest, resolve, search, search_output
+from megatron_lite.checkpoint.reader import Reader
 from megatron_lite.checkpoint.store import save
 
 __all__ = [

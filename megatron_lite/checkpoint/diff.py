@@ -21,8 +21,9 @@ from megatron_lite.checkpoint.huggingface.folder import (
     read_json,
     weight_files,
 )
+from megatron_lite.checkpoint.latest import resolve
 from megatron_lite.checkpoint.layout import KINDS
-from megatron_lite.checkpoint.reader import Reader, resolve
+from megatron_lite.checkpoint.reader import Reader
 
 BLOCK = 1 << 22  # elements in memory at a time
 _PACKED = {getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)}

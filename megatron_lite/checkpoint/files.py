@@ -7,12 +7,11 @@ the library's own writer wants every tensor in host memory at once; it reads wha
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -118,13 +117,11 @@ def _bytes(tensor: torch.Tensor | Deferred) -> Bytes:
     return found
 
 
-def crc_of_ranges(path: Path, sizes: Iterable[int]) -> list[int]:
-    """CRC-32 of each of the consecutive byte ranges of `sizes`, from the start of the file.
+def crc_of_ranges(path: Path, begins: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """CRC-32 of each range of a file: `sizes` bytes from `begins` on. Raises OSError where it cannot be read.
 
     Several threads read: fast disks, and those over a network, give one reader a part of their speed only.
     """
-    sizes = list(sizes)
-    begins = itertools.accumulate(sizes[:-1], initial=0)
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(partial(_crc_of_range, file.fileno()), begins, sizes))
 

@@ -170,18 +170,23 @@ def check_size(folder: Path, entry: FileEntry) -> str | None:
     return None
 
 
-def check_bytes(folder: Path, entry: FileEntry) -> list[str]:
-    """Read one file through; what differs from what was written, each piece by its name."""
+def check_bytes(folder: Path, entry: FileEntry, kind: str | None = None) -> list[str]:
+    """Read one file through, or its pieces of one kind; what differs from what was written, each piece by its name."""
     if fault := check_size(folder, entry):
         return [fault]
-    path, written = folder / entry.file, entry.written
+    path, written, offsets = folder / entry.file, entry.written, entry.offsets()
+    # What, where it begins, its size and checksum.
+    wanted = [("its header", 0, written.header_bytes, written.header_crc)]
+    for (key, crc), size in zip(written.tensor_crcs.items(), entry.sizes(), strict=True):
+        if kind in (None, entry.pieces[key].kind):
+            wanted.append((key, offsets[key], size, crc))
+    what, begins, sizes, crcs = zip(*wanted, strict=True)
     try:
-        found = crc_of_ranges(path, [written.header_bytes, *entry.sizes()])
+        found = crc_of_ranges(path, begins, sizes)
     except OSError as error:
         return [f"{path} cannot be read ({error})"]
-    wanted = {"its header": written.header_crc} | written.tensor_crcs
-    faults = []
-    for (what, crc), now in zip(wanted.items(), found, strict=True):
-        if crc != now:
-            faults.append(f"{path} is damaged: {what} does not match its checksum")
-    return faults
+    return [
+        f"{path} is damaged: {name} does not match its checksum"
+        for name, crc, now in zip(what, crcs, found, strict=True)
+        if crc != now
+    ]

@@ -25,8 +25,9 @@ from megatron_lite.checkpoint.index import (
     key_of,
     write_index,
 )
+from megatron_lite.checkpoint.latest import step_folders, step_of, write_latest
 from megatron_lite.checkpoint.layout import Piece, check_coverage, stored
-from megatron_lite.checkpoint.reader import Reader, step_folders, step_of, write_latest
+from megatron_lite.checkpoint.reader import Reader
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -82,14 +82,23 @@ def test_without_transformers_or_unasked_it_says_that_nothing_was_checked(run, t
     assert "not checked: transformers is not installed" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
+def test_what_is_damaged_is_not_converted(run, tmp_path, capsys):
+    """Weights alone are read, and verified, where only they are taken."""
     file = resolve(run) / "rank_00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert convert(run, "hf", tmp_path / "hf") == 2
+    assert convert(run, "megatron_lite", tmp_path / "all") == 2
     assert "rank_00000.safetensors is damaged: exp_avg_sq/" in capsys.readouterr().err
-    assert not (tmp_path / "hf").exists()
+    assert convert(run, "safetensors", tmp_path / "merged") == 0
+    assert "every checksum of its weights right" in capsys.readouterr().out
+    assert convert(run, "megatron_lite", tmp_path / "light", "--weights-only") == 0
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # the first byte after the header: weights come first
+    file.write_bytes(data)
+    for to, more in (("hf", []), ("safetensors", []), ("megatron_lite", ["--weights-only"])):
+        assert convert(run, to, tmp_path / "out", *more) == 2
+        assert "rank_00000.safetensors is damaged: weight/" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["hf", "megatron_lite"])
@@ -104,7 +113,7 @@ def test_cut_for_a_layout_and_back(run, tmp_path, capsys):
         == 0
     )
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("step_00000003: whole, every checksum right")
+    assert said[0].endswith("step_00000003: every checksum right")
     assert "12 files, 0.00" in said[1] and said[1].endswith("holds weight, exp_avg, exp_avg_sq")
     assert convert(tmp_path / "cut", "megatron_lite", tmp_path / "back", "--no-check") == 0
     assert ": 1 file, " in capsys.readouterr().out, "less than 5 GB"

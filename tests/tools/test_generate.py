@@ -148,9 +148,9 @@ def test_two_ranks_share_the_check_and_fall_back_together(run: Path, damaged: Pa
     def recorded() -> tuple[Outcome, list[str]]:
         verify = Reader.verify
 
-        def note(reader: Reader, files: list[str]) -> None:
+        def note(reader: Reader, files: list[str], kind: str) -> None:
             read.extend(f"{reader.path.name}/{file}" for file in files)
-            verify(reader, files)
+            verify(reader, files, kind)
 
         Reader.verify = note  # type: ignore[method-assign, assignment]
         return call("--load", damaged, *ASK, "--tensor", 2), read

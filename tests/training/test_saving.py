@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import CheckpointError, Reader, resolve
-from megatron_lite.checkpoint import reader as reader_module
+from megatron_lite.checkpoint import latest as latest_module
 from megatron_lite.checkpoint.reshard import reshard
 from megatron_lite.training import saving
 from megatron_lite.training.saver import Saver
@@ -183,7 +183,7 @@ def start_and_warnings(case: Case) -> tuple[str | None, list[str]]:
     def note(message: str, *args: Any) -> None:
         messages.append(message % args)
 
-    reader_module.log.warning = note  # type: ignore[method-assign, assignment]
+    latest_module.log.warning = note  # type: ignore[method-assign, assignment]
     return start(case)[0], messages
 
 
