@@ -254,12 +254,10 @@ def from_huggingface(options: argparse.Namespace) -> None:
             reader.verify()
         print(f"{step}: {len(reader.names())} parameters, weights only")
     tokenizer = tokenizer_of(options.load.resolve())
-    settings = f"--set checkpoint.load={options.save} --set checkpoint.weights_only=true"
     if tokenizer is None:
         print("tokenizer: none in the folder that we read")
-    else:
-        settings += f" --set data.tokenizer={tokenizer}"
-    print(f"start a run from it with {settings}")
+    config = options.save / "config.json"
+    print(f"start a run from it with --config {config} --set data.train=PREFIX --set train.steps=N")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from megatron_lite.checkpoint import Piece, Reader, resolve, save
 from megatron_lite.checkpoint.foreign.arguments import model_of
 from megatron_lite.checkpoint.huggingface import rules
-from megatron_lite.config import ModelConfig
+from megatron_lite.config import ModelConfig, load_config
 from tests.checkpoint.torch_dist import PLAIN, plain, write_torch_dist
 from tools.convert_checkpoint import main
 
@@ -45,6 +45,9 @@ def test_there_and_back(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "77 of 128 vocabulary rows" in said and "checked: transformers' logits differ from ours by" in said
     assert convert(tmp_path / "hf", "megatron_lite", tmp_path / "back") == 0
+    begin = f"--config {tmp_path / 'back' / 'config.json'} --set data.train=PREFIX --set train.steps=N"
+    assert capsys.readouterr().out.endswith(f"start a run from it with {begin}\n")
+    load_config(tmp_path / "back" / "config.json", ["data.train=x", "train.steps=3"])
     with Reader(resolve(run)) as before, Reader(resolve(tmp_path / "back")) as after:
         assert after.step == 0 and after.kinds == ["weight"] and after.names() == before.names()
         for name in before.names():
