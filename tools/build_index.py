@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     log, handler = logging.getLogger("megatron_lite"), logging.StreamHandler(sys.stdout)
+    level = log.level
     log.setLevel(logging.DEBUG)
     log.addHandler(handler)
     try:
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
     counts = {"training": data.train, "validation": data.valid, "test": data.test}
     print(", ".join(f"{len(part):,} {name} samples" for name, part in counts.items() if part is not None))
     return 0

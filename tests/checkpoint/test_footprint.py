@@ -1,5 +1,6 @@
 """What reading costs a rank: the bytes it needs, and memory for its own state and one piece."""
 
+import ctypes
 import resource
 import threading
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_only_the_bytes_that_are_needed_are_read(
 
 def load_within_limits(path: Path, part: Part, dtype: torch.dtype, extra: int) -> None:
     threading.stack_size(256 << 10)
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: a tensor freed is given back, not kept by luck
     own = {kind: torch.zeros(part.high - part.low, dtype=dtype) for kind in KINDS}
     with Reader(path) as reader:
         reader.read_flat(
