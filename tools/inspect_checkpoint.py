@@ -71,9 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(text_of(found, options.verify)))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python would say it once more at its end
+        # Or Python would say it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

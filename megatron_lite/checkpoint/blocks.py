@@ -37,14 +37,10 @@ class BlockWriter:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self._size, self._begin, self._filled = (
-            size,
-            0,
-            0,
-        )  # the block that is being filled begins at `_begin`
-        self._pool = ThreadPoolExecutor(
-            _AT_ONCE
-        )  # which starts a thread only for a block that finds none idle
+        # In the file, the block that is being filled begins at `_begin`.
+        self._size, self._begin, self._filled = size, 0, 0
+        # It starts a thread only for a block that finds none idle.
+        self._pool = ThreadPoolExecutor(_AT_ONCE)
         self._flight: deque[tuple[Future[None], Bytes]] = deque()
         self._block = self._new_block()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -76,9 +72,8 @@ class BlockWriter:
         """
         while data.size:
             part = self._block[self._filled : self._filled + data.size]
-            np.copyto(
-                part, data[: part.size]
-            )  # which lets other threads run meanwhile, as bytes' own way does not
+            # Unlike the assignment of a memoryview's slice, this lets other threads run meanwhile.
+            np.copyto(part, data[: part.size])
             crc = zlib.crc32(part.data, crc)
             data, self._filled = data[part.size :], self._filled + part.size
             if self._filled == self._block.size:
@@ -133,10 +128,9 @@ def _reserve(file: int, size: int) -> None:
     Not os.posix_fallocate, which writes to every block where the file system has no such call.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if (
-        not hasattr(libc, "fallocate")
-        or libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0
-    ):
-        return  # where the system has no such call, as on macOS, it is found out on the way
+    if not hasattr(libc, "fallocate"):
+        return  # as on macOS, where it is found out on the way
+    if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+        return
     if (code := ctypes.get_errno()) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise OSError(code, os.strerror(code))
