@@ -1,5 +1,8 @@
 """Exports killed at every call that changes the disk: there is no half of a model, and exporting again works."""
 
+import builtins
+import io
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -39,6 +42,7 @@ def killed(write: Callable[[], Any], at: int) -> bool:
             count = iter(range(at))
             for name in CALLS:
                 setattr(os, name, counted(getattr(os, name), count))
+            builtins.open = io.open = opened_and_counted(count)
             write()
             code = 0
         finally:
@@ -53,6 +57,19 @@ def counted(call: Callable[..., Any], count: Any) -> Callable[..., Any]:
         if next(count, None) is None:
             os._exit(9)
         return call(*args, **kwargs)
+
+    return wrapped
+
+
+def opened_and_counted(count: Any) -> Callable[..., Any]:
+    """`open`, killed when a file was opened to be written and nothing is in it yet."""
+    plain = io.open
+
+    def wrapped(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        found = plain(file, mode, *args, **kwargs)
+        if "w" in mode and next(count, None) is None:
+            os._exit(9)
+        return found
 
     return wrapped
 
@@ -96,6 +113,27 @@ def test_killed_anywhere(tmp_path: Path, kind: str, size: int, before: str) -> N
         assert contents(target) == whole[again]
         at += 1
     assert contents(target) == whole[size] and at > 12
+
+
+def test_killed_anywhere_no_half_of_a_tokenizer_is_left(tmp_path: Path) -> None:
+    pair = tmp_path / "gpt2"
+    pair.mkdir()
+    (pair / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
+    (pair / "merges.txt").write_text("#version: 0.2\na b\n")
+    export = partial(export_huggingface, save_model(tmp_path / "run", "llama"), tokenizer=f"gpt2:{pair}")
+    export(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    assert {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"} < whole.keys()
+    for at in itertools.count():
+        target = tmp_path / f"killed at {at}"
+        if not killed(partial(export, target), at):
+            break
+        found = contents(target)
+        own = [name for name in found if not name.endswith(".tmp") and name in whole]
+        assert all(found[name] == whole[name] for name in own), "a file under its own name is not whole"
+        export(target)
+        assert contents(target) == whole
+    assert contents(target) == whole and at > 24
 
 
 def test_no_weights_of_others_are_replaced(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -123,7 +122,7 @@ def _write(spec: str, tokenizer: Tokenizer, target: Path) -> list[str]:
         for name, file in zip(GPT2_FILES, find_gpt2_files(path if kind == "gpt2" else where), strict=True):
             _copy(file, target / name)
         special = HuggingFaceTokenizer.load_gpt2(path if kind == "gpt2" else where, special_tokens="parse")
-        (target / FAST).write_text(special.to_json(), encoding="utf-8")
+        write_atomically(target / FAST, special.to_json().encode())
         return [FAST, *GPT2_FILES]
     folder = where if where.is_dir() else where.parent
     if where.is_file() and where.name != FAST:
@@ -207,7 +206,7 @@ def _ids(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
 
 def _copy(source: Path, target: Path) -> None:
     if not (target.exists() and target.samefile(source)):  # an export into the tokenizer's own folder
-        shutil.copyfile(source, target)
+        write_atomically(target, source.read_bytes())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
