@@ -9,7 +9,8 @@
 Any layout reads any other, so that cutting anew is for moving files about: one a rank, few or many (--data 16 alone: 16
 equal files), weights only.
 What --to megatron_lite reads, besides ours: a Hugging Face folder; Megatron-LM's torch_dist; DeepSpeed's universal, of
-Megatron-DeepSpeed's models. The optimizer state comes along where the format has it for every parameter.
+Megatron-DeepSpeed's models. The optimizer state comes along where the format has it for every parameter. An import also
+writes SAVE/config.json, a run that begins with what was imported, unless --config named one.
 One parameter is in memory at a time. An export to hf is checked before it is called done: read back, every parameter
 has the bits that were written; transformers loads it, and its logits must be those of our own model (one after the
 other is in memory then, in fp32); its tokenizer must give our ids. --no-check leaves this out.
@@ -33,7 +34,6 @@ from megatron_lite.checkpoint.huggingface import (
     check_export,
     export_huggingface,
     import_huggingface,
-    tokenizer_of,
 )
 from megatron_lite.checkpoint.merge import merge
 from megatron_lite.checkpoint.reshard import count_files, reshard
@@ -207,15 +207,16 @@ def from_foreign(options: argparse.Namespace) -> None:
     assert source is not None, "options.load was looked at"
     config = load_config(options.config) if options.config else None
     imported = import_foreign(source, options.save, config=config, weights_only=options.weights_only)
-    with Reader(imported.folder) as reader:
-        if not options.no_check:
-            reader.verify()
-        print(f"{imported.folder}: {len(reader.names())} parameters, holds {', '.join(reader.kinds)}")
+    say_imported(imported.folder, options)
     model = imported.model
     print(f"vocabulary of {model.vocab_size} tokens, {model.padded_vocab_size} rows")
-    settings = f"--set checkpoint.load={options.save}"
     if imported.lost is not None:
         print(f"weights only: {imported.lost}")
+    if config is None:
+        say_start(options.save)
+        return
+    settings = f"--config {options.config} --set checkpoint.load={options.save}"
+    if imported.lost is not None:
         settings += " --set checkpoint.weights_only=true"
     print(f"start a run from it with {settings}")
 
@@ -248,16 +249,27 @@ def to_huggingface(options: argparse.Namespace) -> None:
 
 
 def from_huggingface(options: argparse.Namespace) -> None:
-    step = import_huggingface(options.load, options.save)
+    say_imported(import_huggingface(options.load, options.save), options)
+    say_start(options.save)
+
+
+def say_imported(step: Path, options: argparse.Namespace) -> None:
     with Reader(step) as reader:
         if not options.no_check:
             reader.verify()
-        print(f"{step}: {len(reader.names())} parameters, weights only")
-    tokenizer = tokenizer_of(options.load.resolve())
+        print(f"{step}: {len(reader.names())} parameters, holds {', '.join(reader.kinds)}")
+
+
+def say_start(save: Path) -> None:
+    """How a run begins with an import: what its configuration lacks is named."""
+    path = save / "config.json"
+    tokenizer = load_config(path).data.tokenizer
     if tokenizer is None:
-        print("tokenizer: none in the folder that we read")
-    config = options.save / "config.json"
-    print(f"start a run from it with --config {config} --set data.train=PREFIX --set train.steps=N")
+        print("tokenizer: none was found; data.tokenizer must be the one the model was trained with")
+    else:
+        print(f"tokenizer: {tokenizer}, with which the data must be made")
+    missing = "data.train=PREFIX" + (" --set data.tokenizer=SPEC" if tokenizer is None else "")
+    print(f"start a run from it with --config {path} --set {missing} --set train.steps=N")
 
 
 if __name__ == "__main__":

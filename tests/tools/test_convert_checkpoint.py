@@ -45,8 +45,9 @@ def test_there_and_back(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "77 of 128 vocabulary rows" in said and "checked: transformers' logits differ from ours by" in said
     assert convert(tmp_path / "hf", "megatron_lite", tmp_path / "back") == 0
-    begin = f"--config {tmp_path / 'back' / 'config.json'} --set data.train=PREFIX --set train.steps=N"
-    assert capsys.readouterr().out.endswith(f"start a run from it with {begin}\n")
+    begin = "--set data.train=PREFIX --set data.tokenizer=SPEC --set train.steps=N"
+    said = capsys.readouterr().out
+    assert said.endswith(f"start a run from it with --config {tmp_path / 'back' / 'config.json'} {begin}\n")
     load_config(tmp_path / "back" / "config.json", ["data.train=x", "train.steps=3"])
     with Reader(resolve(run)) as before, Reader(resolve(tmp_path / "back")) as after:
         assert after.step == 0 and after.kinds == ["weight"] and after.names() == before.names()
@@ -144,10 +145,16 @@ def test_import_of_another_system(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "step_00000003: 8 parameters, holds weight\n" in said and "21 tokens, 24 rows" in said
     assert "weights only: exp_avg of decoder.final_layernorm.weight (8 of 8 parameters) is not there" in said
-    assert f"checkpoint.load={tmp_path / 'out'} --set checkpoint.weights_only=true" in said
+    begin = "--set data.train=PREFIX --set data.tokenizer=SPEC --set train.steps=N"
+    assert said.endswith(f"start a run from it with --config {tmp_path / 'out' / 'config.json'} {begin}\n")
+    config = load_config(tmp_path / "out" / "config.json", ["data.train=x", "data.tokenizer=byte"])
+    assert config.checkpoint.load == str(tmp_path / "out") and config.checkpoint.weights_only
+    assert convert(tmp_path / "megatron", "megatron_lite", tmp_path / "out") == 2
+    assert "config.json is there already; give another folder" in capsys.readouterr().err
 
 
 def test_a_model_that_only_the_user_knows(tmp_path, capsys):
+    """Who gives a configuration starts a run from that one; none is written."""
     source = write_torch_dist(tmp_path / "megatron", plain())
     assert convert(source, "megatron_lite", tmp_path / "out") == 2
     assert "give that with --config FILE" in capsys.readouterr().err
@@ -158,6 +165,9 @@ def test_a_model_that_only_the_user_knows(tmp_path, capsys):
     assert convert(source, "megatron_lite", tmp_path / "out", "--config", str(tmp_path / "config.json")) == 0
     with Reader(resolve(tmp_path / "out")) as reader:
         assert reader.metadata["config"]["train"]["output_dir"] == "x" and reader.step == 0
+    begin = f"--config {tmp_path / 'config.json'} --set checkpoint.load={tmp_path / 'out'}"
+    assert capsys.readouterr().out.endswith(f"with {begin} --set checkpoint.weights_only=true\n")
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

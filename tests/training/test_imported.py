@@ -1,4 +1,4 @@
-"""From a Hugging Face folder through training to a Hugging Face folder, as the README says it."""
+"""From imports through training, and to a Hugging Face folder again, as the README says it."""
 
 import json
 import os
@@ -12,8 +12,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip("transformers")
 
 from megatron_lite.checkpoint import CheckpointError, Reader, resolve  # noqa: E402
+from megatron_lite.checkpoint.foreign import import_foreign  # noqa: E402
 from megatron_lite.checkpoint.huggingface import export_huggingface, import_huggingface  # noqa: E402
 from megatron_lite.config import load_config  # noqa: E402
+from tests.checkpoint import test_foreign_universal as universal  # noqa: E402
 from tests.command_line import Result, rows, run_command, write_bytes  # noqa: E402
 
 # As many ids as the byte tokenizer has, with which the data are made, and two more.
@@ -83,6 +85,32 @@ def test_a_run_starts_from_the_configuration_that_an_import_writes(
         assert all(torch.allclose(reader.read(name), weights[name], atol=1e-9) for name in weights)
     assert "at step 1" in ended(run_command(arguments)), "the same command goes on"
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_run_goes_on_from_an_import_of_another_system(
+    prefix: str, tmp_path: Path, weights_only: bool
+) -> None:
+    """At the step that was imported, where all that training needs came along; else with the weights, from step 0."""
+    model = universal.OURS["gpt2"].model_copy(update={"vocab_size": 257, "seq_length": 32})
+    theirs = universal.GPT2 | {"vocab_size": 257, "seq_length": 32, "max_position_embeddings": 32}
+    # Moments of squares are no less than 0.
+    state = {key: value.abs() for key, value in universal.state_of(model).items()}
+    source = universal.write(tmp_path / "theirs", state, universal.module_name, theirs, vocabulary=257)
+    imported = import_foreign(source, tmp_path / "ours", weights_only=weights_only)
+    config = tmp_path / "ours" / "config.json"
+    with Reader(imported.folder) as reader:
+        assert reader.metadata["config"] == load_config(config).model_dump(mode="json")
+    first = 0 if weights_only else 40
+    more = settings(prefix, tmp_path / "run", f"train.steps={first + 2}", "optimizer.lr=1e-12")
+    out = ended(run_command(["--config", str(config), *more]))
+    assert f"starting from {imported.folder} at step {first}" in out
+    assert [row["step"] for row in rows(tmp_path / "run")] == [first + 1, first + 2]
+    with Reader(resolve(tmp_path / "run")) as reader:
+        for name in set(reader.names()) - {"embed.weight"}:  # whose rows of padding were left out
+            assert torch.allclose(reader.read(name), state["weight", name], atol=1e-9), name
+        progress = reader.metadata["progress"]
+        assert progress["consumed_samples"] == 2 + (0 if weights_only else 400)
 
 
 def test_an_import_leaves_a_configuration_that_is_there(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.foreign.arguments import model_of
 from megatron_lite.checkpoint.foreign.torch_dist import METADATA, TorchDist
 from megatron_lite.checkpoint.foreign.universal import FOLDER, Universal
 from megatron_lite.checkpoint.layout import KINDS, Piece
-from megatron_lite.checkpoint.store import save_files
+from megatron_lite.checkpoint.starting import save_import, starting_config
 from megatron_lite.config import Config, ModelConfig, build_config
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import Runtime
@@ -82,11 +82,12 @@ def import_foreign(
     weights. Rows of the vocabulary's padding are kept as far as ours has them, and zero beyond.
 
     Args:
-        config: of the model, where the source does not say how it is made.
+        config: of the model, where the source does not say how it is made. Without one `target`/config.json is written,
+            for a run that begins with what was imported: only the data and their tokenizer are missing.
 
     Raises:
-        CheckpointError: the model is not one of ours, a parameter is missing, too many or of another shape, or a file
-            is damaged.
+        CheckpointError: the model is not one of ours, a parameter is missing, too many or of another shape, a file
+            is damaged, or `target` holds a checkpoint or a config.json already.
     """
     opened = Universal(source) if (source / FOLDER).is_dir() else TorchDist(source)
     theirs = names.ours(opened.names())
@@ -104,16 +105,20 @@ def import_foreign(
     kinds = ("weight",) if lost else KINDS
     pieces = [_piece(rule, kind, opened, master=not lost) for rule in plan for kind in kinds]
     step = int(opened.common.get("iteration") or opened.common.get("global_steps") or 0)
-    tree = config.model_dump(mode="json") if config else _whole_config(model, args, source, target)
+    tree = None
+    if config is None:
+        precision = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else "fp32"
+        tree = starting_config(source, target, model, precision=precision, step=None if lost else step)
+        config = build_config(tree, str(source))
     samples = int(args.get("consumed_train_samples") or 0)
     tokens = int(args.get("consumed_train_tokens") or samples * model.seq_length)
     metadata = {
-        "config": tree,
+        "config": config.model_dump(mode="json"),
         "progress": {"step": step, "consumed_samples": samples, "consumed_tokens": tokens, "data": None},
         "engine": {"optimizer_steps": _optimizer_steps(opened, step), "loss_scaler": {}},
         "imported_from": str(source),
     }
-    return Imported(save_files(target, step, [pieces], metadata), model, step, lost)
+    return Imported(save_import(target, step, pieces, metadata, tree), model, step, lost)
 
 
 def _arguments(common: dict[str, Any]) -> dict[str, Any]:
@@ -259,21 +264,3 @@ def _piece(rule: _Rule, kind: str, opened: TorchDist | Universal, *, master: boo
 
     dtype = torch.float32 if master else opened.dtype(rule.theirs, stored)
     return Piece(rule.name, kind, rule.shape, None, 0, 0, 0, Deferred(dtype, (numel,), load))
-
-
-def _whole_config(model: ModelConfig, args: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
-    """A configuration that loads: the model's, and the least that the sections on training ask for."""
-    precision = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else "fp32"
-    tree = {
-        "description": f"imported from {source.name}; only the model section says something",
-        "model": model.model_dump(mode="json"),
-        "train": {
-            "micro_batch_size": 1,
-            "global_batch_size": 1,
-            "steps": 1,
-            "output_dir": str(target),
-            "precision": precision,
-        },
-        "optimizer": {"lr": 1e-5, "schedule": "constant"},
-    }
-    return build_config(tree, str(source)).model_dump(mode="json")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import Deferred, write_atomically
+from megatron_lite.checkpoint.files import Deferred
 from megatron_lite.checkpoint.huggingface.config import from_huggingface
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, GENERATION_CONFIG, Folder, read_json
 from megatron_lite.checkpoint.huggingface.tokenizer import tokenizer_of
 from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 from megatron_lite.checkpoint.layout import Piece
-from megatron_lite.checkpoint.store import save_files
-from megatron_lite.config import ModelConfig, build_config
+from megatron_lite.checkpoint.starting import save_import, starting_config
+from megatron_lite.config import build_config
 
 
 def import_huggingface(source: Path, target: Path) -> Path:
@@ -34,7 +32,10 @@ def import_huggingface(source: Path, target: Path) -> Path:
     held = [rule for rule in rules(model) if rule.held]
     folder.check(held)
     generation = source / GENERATION_CONFIG
-    tree = _tree(source, target, model, folder.get(held[0].huggingface[0]).dtype)
+    dtype = folder.get(held[0].huggingface[0]).dtype
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    tokenizer = tokenizer_of(source.resolve())
+    tree = starting_config(source, target, model, precision=precision, tokenizer=tokenizer)
     try:
         config = build_config(tree, str(source / CONFIG))
     except ValueError as error:
@@ -48,32 +49,7 @@ def import_huggingface(source: Path, target: Path) -> Path:
             "generation_config": read_json(generation) if generation.is_file() else None,
         },
     }
-    if (target / CONFIG).exists():  # the Hugging Face folder's own maybe
-        raise CheckpointError(f"{target / CONFIG} is there already; give another folder")
-    step = save_files(target, 0, [[_piece(rule, folder) for rule in held]], metadata)
-    write_atomically(target / CONFIG, f"{json.dumps(tree, indent=2)}\n".encode())
-    return step
-
-
-def _tree(source: Path, target: Path, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """A configuration that loads: the model's, the tokenizer's, and the least that training asks for."""
-    target = target.resolve()
-    return {
-        "description": f"Training from the weights of {source.name}. Name the data: --set data.train=PREFIX; and set "
-        "train.steps, the batch sizes, optimizer.lr and, for shorter samples, model.seq_length as you need them",
-        "model": model.model_dump(mode="json"),
-        "data": {"tokenizer": tokenizer_of(source.resolve())},
-        "train": {
-            "micro_batch_size": 1,
-            "global_batch_size": 1,
-            "steps": 1,
-            # Of its own, so that retention never takes the imported weights.
-            "output_dir": str(target / "run"),
-            "precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
-        },
-        "optimizer": {"lr": 1e-5, "schedule": "constant"},
-        "checkpoint": {"load": str(target), "weights_only": True},
-    }
+    return save_import(target, 0, [_piece(rule, folder) for rule in held], metadata, tree)
 
 
 def _piece(rule: Rule, folder: Folder) -> Piece:
