@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,18 +12,22 @@ from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.files import Deferred
 from megatron_lite.checkpoint.huggingface.config import from_huggingface
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, GENERATION_CONFIG, Folder, read_json
-from megatron_lite.checkpoint.huggingface.tokenizer import tokenizer_of
+from megatron_lite.checkpoint.huggingface.tokenizer import load_fitting, tokenizer_of
 from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 from megatron_lite.checkpoint.layout import Piece
 from megatron_lite.checkpoint.starting import save_import, starting_config
 from megatron_lite.config import build_config
+from megatron_lite.tokenizers import TokenizerError
+
+log = logging.getLogger(__name__)
 
 
 def import_huggingface(source: Path, target: Path) -> Path:
     """Write the Hugging Face folder `source` as a checkpoint of step 0, weights only; its step folder.
 
-    It is under `target`/checkpoints, as a run's would be; its configuration names the folder's tokenizer. Weights
-    keep their dtype. `target`/config.json is for a run that begins with them: only the data are missing.
+    It is under `target`/checkpoints, as a run's would be. Weights keep their dtype. `target`/config.json is for a run
+    that begins with them: it names the folder's tokenizer, and only the data are missing. The fingerprint of this
+    tokenizer is kept where it can be read and has no more ids than the model.
 
     Raises CheckpointError for a model that we do not compute (with the reason), for quantized and pickled weights, for
     tensors that are missing, of another shape, or not accounted for; where `target` has a config.json already.
@@ -40,7 +46,7 @@ def import_huggingface(source: Path, target: Path) -> Path:
         config = build_config(tree, str(source / CONFIG))
     except ValueError as error:
         raise CheckpointError(f"{source / CONFIG}: no configuration of ours: {error}") from error
-    metadata = {
+    metadata: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "progress": {"step": 0, "consumed_samples": 0, "consumed_tokens": 0},
         # For an export of what was imported: what only Hugging Face's tools read.
@@ -49,6 +55,12 @@ def import_huggingface(source: Path, target: Path) -> Path:
             "generation_config": read_json(generation) if generation.is_file() else None,
         },
     }
+    if tokenizer is not None:
+        try:
+            # As a run has it whose settings name this tokenizer; with another one it warns.
+            metadata["tokenizer_fingerprint"] = load_fitting(tokenizer, model).fingerprint()
+        except TokenizerError as error:
+            log.warning("the folder's tokenizer cannot be used: %s", error)
     return save_import(target, 0, [_piece(rule, folder) for rule in held], metadata, tree)
 
 

@@ -56,6 +56,16 @@ def tokenizer_of(folder: Path) -> str | None:
     return f"gpt2:{folder}" if all((folder / name).is_file() for name in GPT2_FILES) else None
 
 
+def load_fitting(spec: str, model: ModelConfig) -> Tokenizer:
+    """The tokenizer that `spec` names. Raises TokenizerError where it cannot be read, or has ids the model lacks."""
+    assert model.vocab_size is not None, "what is imported or exported has a vocabulary"
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.vocab_size > model.vocab_size:
+        fault = f"{spec} has {tokenizer.vocab_size} ids, and the model {model.vocab_size}"
+        raise TokenizerError(f"{fault}; is it the one the model was trained with?")
+    return tokenizer
+
+
 def tokenizer_spec(reader: Reader) -> str | None:
     """`data.tokenizer` of the run that wrote a checkpoint."""
     spec: str | None = reader.metadata.get("config", {}).get("data", {}).get("tokenizer")
@@ -71,12 +81,8 @@ def export_tokenizer(reader: Reader, given: str | None, target: Path, model: Mod
     spec = given or tokenizer_spec(reader)
     if spec is None:
         return Tokens("none: the run had no data.tokenizer", {})
-    assert model.vocab_size is not None, "what is exported has a vocabulary"
     try:
-        tokenizer = load_tokenizer(spec)
-        if tokenizer.vocab_size > model.vocab_size:
-            fault = f"{spec} has {tokenizer.vocab_size} ids, and the model {model.vocab_size}"
-            raise TokenizerError(f"{fault}; is it the one the model was trained with?")
+        tokenizer = load_fitting(spec, model)
     except TokenizerError as error:
         if given:
             raise CheckpointError(str(error)) from error
