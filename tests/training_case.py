@@ -5,17 +5,20 @@ import importlib
 import sys
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_lite.checkpoint import DamagedCheckpoint
 from megatron_lite.config import Config, build_config
 from megatron_lite.data.loader import Batch
 from megatron_lite.model.runtime import DTYPES, Runtime
 from megatron_lite.ops import Needs, build_ops
 from megatron_lite.parallel.mesh import build_mesh
 from megatron_lite.training.engine import Engine, build_engine
+from megatron_lite.training.saving import find_start, load_checkpoint
 from megatron_lite.training.schedule import learning_rate
 from tests.distributed import run_ranks
 
@@ -146,6 +149,19 @@ def rank_batches(step: int, config: Config, data_rank: int, data_size: int) -> l
             )
         )
     return out
+
+
+def load_start(engine: Engine) -> Path | None:
+    """Loads what a run of the engine's configuration starts from, as `training.loop.start` does; its folder."""
+    starts, fault = find_start(engine.config), None
+    while (path := starts.send(fault)) is not None:
+        try:
+            load_checkpoint(engine, path)
+        except DamagedCheckpoint as error:
+            fault = str(error)
+        else:
+            break
+    return path
 
 
 def make_engine(config: Config) -> Engine:

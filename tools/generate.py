@@ -20,13 +20,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import Reader, search
+from megatron_lite.checkpoint import DamagedCheckpoint, Reader, search
 from megatron_lite.inference import check_prompts, generate, load_model, open_tokenizer, read_config
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.runtime import DTYPES
@@ -140,6 +141,14 @@ class Refused(ValueError):
     """Raised on every rank alike, so that one of them tells it."""
 
 
+def gather(launch: Launch, value: object) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    values = [value] * launch.world_size
+    if launch.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def together(launch: Launch, action: Callable[[], T]) -> T:
     """Does something on every rank; where it fails on any, raises Refused on all, none left waiting."""
     result, fault = None, None
@@ -147,17 +156,13 @@ def together(launch: Launch, action: Callable[[], T]) -> T:
         result = action()
     except (ValueError, OSError) as error:
         fault = str(error)
-    faults = [fault]
-    if launch.world_size > 1:
-        faults = [None] * launch.world_size
-        dist.all_gather_object(faults, fault)
-    if found := [fault for fault in faults if fault is not None]:
+    if found := [fault for fault in gather(launch, fault) if fault is not None]:
         raise Refused(found[0])
     return result  # type: ignore[return-value]
 
 
 def find_checkpoint(options: argparse.Namespace, launch: Launch) -> Path:
-    """The step folder that --load means, the same on every rank; each has read its share of the files through.
+    """The step folder that --load means, the same on every rank; each has read its share of the weights through.
 
     Raises Refused where there is none, or none that is whole.
     """
@@ -170,18 +175,14 @@ def find_checkpoint(options: argparse.Namespace, launch: Launch) -> Path:
         assert folder is not None, "the first rank found one or raised"
         if options.no_check:
             return folder
-        try:
-            together(launch, lambda: verify(folder, launch))  # noqa: B023
-        except Refused as error:
-            fault = str(error)
-        else:
-            return folder
-
-
-def verify(folder: Path, launch: Launch) -> None:
-    """Reads this rank's share of a checkpoint's files through."""
-    with Reader(folder) as reader:
-        reader.verify(reader.files[launch.rank :: launch.world_size], "weight")
+        ranks: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size}
+        with together(launch, lambda: Reader(folder)) as reader:  # noqa: B023
+            try:
+                reader.verify("weight", **ranks, gather=partial(gather, launch))
+            except DamagedCheckpoint as error:
+                fault = str(error)
+            else:
+                return folder
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

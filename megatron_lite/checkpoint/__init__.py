@@ -3,7 +3,7 @@
 `save` writes what each rank holds; `Reader` gives any slice back to any other layout; no pickle is involved.
 """
 
-from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megatron_lite.checkpoint.files import Deferred
 from megatron_lite.checkpoint.host import HostCopy, available_bytes
 from megatron_lite.checkpoint.latest import find_latest, resolve, search, search_output
@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.store import save
 __all__ = [
     "KINDS",
     "CheckpointError",
+    "DamagedCheckpoint",
     "Deferred",
     "HostCopy",
     "Piece",

@@ -11,10 +11,9 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +36,7 @@ _DTYPES = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = _DTYPES
 DTYPES_BY_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
 
-_CHUNK = 1 << 23  # bytes read at a time, by each reader
-_PAGE = 1 << 21  # bytes read and summed at a time, by each reader: stays in the processor's cache
-READERS = 4  # threads
+_BLOCK = 1 << 21  # bytes read at a time, and then summed or cast: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -117,40 +114,50 @@ def _bytes(tensor: torch.Tensor | Deferred) -> Bytes:
     return found
 
 
-def crc_of_ranges(path: Path, begins: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """CRC-32 of each range of a file: `sizes` bytes from `begins` on. Raises OSError where it cannot be read.
+def read_blocks(path: Path, begin: int, size: int, out: Bytes | None = None) -> Iterator[Bytes]:
+    """Bytes [begin, begin + size) of a file, a block at a time: parts of `out`, which they fill, or of one block.
 
-    Several threads read: fast disks, and those over a network, give one reader a part of their speed only.
+    Raises OSError where the file cannot be read, or ends before.
     """
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(partial(_crc_of_range, file.fileno()), begins, sizes))
+    # Opened each time, because threads that share a descriptor spoil one another's read-ahead.
+    with open(path, "rb", buffering=0) as file:
+        block = np.empty(min(size, _BLOCK), np.uint8) if out is None else out
+        for at in range(0, size, _BLOCK):
+            first = 0 if out is None else at
+            part = block[first : first + min(_BLOCK, size - at)]
+            filled = 0
+            while filled < part.size:
+                count = os.preadv(file.fileno(), [part.data[filled:]], begin + at + filled)
+                if count == 0:
+                    raise OSError(f"it ends at byte {begin + at + filled}")
+                filled += count
+            yield part
 
 
-def _crc_of_range(file: int, begin: int, size: int) -> int:
-    buffer, crc, at = memoryview(bytearray(min(size, _PAGE))), 0, begin
-    while at < begin + size and (count := os.preadv(file, [buffer[: begin + size - at]], at)):
-        crc, at = zlib.crc32(buffer[:count], crc), at + count
+def read_values(path: Path, begin: int, dtype: torch.dtype, out: torch.Tensor, *, summed: bool) -> int:
+    """Fill `out`, 1-D, of any device and type, with values of `dtype` from byte `begin` of a file on.
+
+    Returns the CRC-32 of their bytes where it is to be `summed`. Raises as `read_blocks` does.
+    """
+    in_place = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
+    target: Bytes | None = out.view(torch.uint8).numpy() if in_place else None
+    crc = done = 0
+    for block in read_blocks(path, begin, out.numel() * dtype.itemsize, target):
+        if summed:
+            crc = zlib.crc32(block.data, crc)
+        if not in_place:
+            values = torch.from_numpy(block).view(dtype)
+            out[done : done + values.numel()].copy_(values)
+            done += values.numel()
     return crc
 
 
-def read_range(file: int, begin: int, out: memoryview, pool: Executor) -> None:
-    """Fill `out` with the bytes of a file descriptor from `begin` on, in the threads of `pool`.
-
-    Raises OSError where the file ends before.
-    """
-
-    def read(at: int) -> None:
-        part = out[at : at + _CHUNK]
-        while part:
-            count = os.preadv(file, [part], begin + at)
-            if count == 0:
-                raise OSError(f"it ends at byte {begin + at}")
-            at, part = at + count, part[count:]
-
-    if len(out) <= _CHUNK:
-        read(0)
-    else:
-        list(pool.map(read, range(0, len(out), _CHUNK)))
+def crc_of_range(path: Path, begin: int, size: int) -> int:
+    """CRC-32 of bytes [begin, begin + size) of a file. Raises as `read_blocks` does."""
+    crc = 0
+    for block in read_blocks(path, begin, size):
+        crc = zlib.crc32(block.data, crc)
+    return crc
 
 
 def write_atomically(path: Path, data: bytes) -> None:

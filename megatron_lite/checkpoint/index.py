@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import DTYPES_BY_NAME, Written, crc_of_ranges, write_atomically
+from megatron_lite.checkpoint.files import DTYPES_BY_NAME, Written, write_atomically
 from megatron_lite.checkpoint.layout import Span, Stored
 
 INDEX = "index.json"
@@ -168,25 +168,3 @@ def check_size(folder: Path, entry: FileEntry) -> str | None:
     if size != entry.written.bytes:
         return f"{path} has {size} bytes instead of the {entry.written.bytes} that were written"
     return None
-
-
-def check_bytes(folder: Path, entry: FileEntry, kind: str | None = None) -> list[str]:
-    """Read one file through, or its pieces of one kind; what differs from what was written, each piece by its name."""
-    if fault := check_size(folder, entry):
-        return [fault]
-    path, written, offsets = folder / entry.file, entry.written, entry.offsets()
-    # What, where it begins, its size and checksum.
-    wanted = [("its header", 0, written.header_bytes, written.header_crc)]
-    for (key, crc), size in zip(written.tensor_crcs.items(), entry.sizes(), strict=True):
-        if kind in (None, entry.pieces[key].kind):
-            wanted.append((key, offsets[key], size, crc))
-    what, begins, sizes, crcs = zip(*wanted, strict=True)
-    try:
-        found = crc_of_ranges(path, begins, sizes)
-    except OSError as error:
-        return [f"{path} cannot be read ({error})"]
-    return [
-        f"{path} is damaged: {name} does not match its checksum"
-        for name, crc, now in zip(what, crcs, found, strict=True)
-        if crc != now
-    ]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import DTYPES_BY_NAME, READERS, read_range
-from megatron_lite.checkpoint.index import INDEX, check_bytes, check_size, key_of, read_index
+from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from megatron_lite.checkpoint.files import DTYPES_BY_NAME, crc_of_range, read_values
+from megatron_lite.checkpoint.index import INDEX, check_size, key_of, read_index
 from megatron_lite.checkpoint.layout import (
     Span,
     Stored,
@@ -28,15 +30,22 @@ from megatron_lite.checkpoint.layout import (
     view,
 )
 
+_READERS = 4  # threads: fast disks, and those over a network, give one reader a part of their speed only
+_CHUNK = 1 << 23  # bytes of a large piece that a thread takes
+
 
 class Reader:
     """A complete checkpoint folder, opened: any slice of any parameter, whatever layout wrote it.
 
     Opening reads index.json and the size of every file (raises CheckpointError where they do not agree);
-    the tensors are mapped, and only what is asked for is read.
+    only what is asked for is read.
+
+    Args:
+        check: compare the checksum of each piece that is read whole. Damage is then noted, not raised, so that ranks
+            stay together: call `verify` before using what was read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, check: bool = False) -> None:
         self.path = Path(path)
         index = read_index(self.path)
         self.step: int = index.step
@@ -47,10 +56,12 @@ class Reader:
         for entry in index.files:
             for piece in entry.pieces.values():
                 self._pieces.setdefault((piece.kind, piece.name), []).append((entry.file, piece))
-        self._open: dict[str, FileIO] = {}
         self._mapped: dict[str, Any] = {}
         self._offsets: dict[str, dict[str, int]] = {}
-        self._pool = ThreadPoolExecutor(READERS)  # which starts no thread before there is work
+        self._check = check
+        self._checked: set[tuple[str, str]] = set()
+        self._faults: list[str] = []
+        self._pool = ThreadPoolExecutor(_READERS)  # which starts no thread before there is work
 
     def __enter__(self) -> Reader:
         return self
@@ -62,14 +73,11 @@ class Reader:
 
     def close(self) -> None:
         """Close the files; the reader opens them again where it is used again."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
         self._mapped.clear()
 
     @property
     def files(self) -> list[str]:
-        """The names of the files, for ranks that share the work of `verify`."""
+        """The names of the files."""
         return list(self._files)
 
     @property
@@ -89,14 +97,71 @@ class Reader:
         """The type a parameter is stored in."""
         return DTYPES_BY_NAME[self._held(name, kind)[0][1].dtype]
 
-    def verify(self, files: Iterable[str] | None = None, kind: str | None = None) -> None:
-        """Read the files (all, or those named) through, or what is of one kind in them.
+    def verify(
+        self,
+        kind: str | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Callable[[object], list[Any]] = lambda value: [value],
+    ) -> None:
+        """Read through what is of one kind, or all; DamagedCheckpoint names every piece damaged or missing.
 
-        CheckpointError names every piece damaged or missing.
+        Collective, with `gather` as for `save`: what one rank has checked while it read is not read again, the others
+        share what is left, and all raise alike.
         """
-        check_coverage(piece for entry in self._files.values() for piece in entry.pieces.values())
-        wanted = self._files if files is None else files
-        _raise_on(fault for file in wanted for fault in check_bytes(self.path, self._files[file], kind))
+        if rank == 0:
+            try:
+                check_coverage(piece for entry in self._files.values() for piece in entry.pieces.values())
+            except CheckpointError as error:
+                self._faults.append(f"{self.path / INDEX}: {error}")
+        ranges = self._ranges(kind)
+        done = np.array([(file, key) in self._checked for file, key, *_ in ranges], bool)
+        packed = gather(np.packbits(done).tobytes())
+        for other in packed:
+            done |= np.unpackbits(np.frombuffer(other, np.uint8), count=done.size).astype(bool)
+        left = [one for one, checked in zip(ranges, done, strict=True) if not checked]
+        sizes = np.array([size for *_, size, _ in left], np.int64)
+        # Each rank takes what lies next to each other, about as many bytes as the others.
+        turns = (sizes.cumsum() - (sizes + 1) // 2) * world_size // max(int(sizes.sum()), 1)
+        own = [one for one, turn in zip(left, turns, strict=True) if turn == rank]
+        self._faults += filter(None, self._pool.map(self._fault_of_range, own))
+        _raise_on(fault for faults in gather(self._faults) for fault in faults)
+
+    def _ranges(self, kind: str | None) -> list[tuple[str, str, int, int, int]]:
+        """What can be checked: its file and name, where it begins, its bytes and its checksum."""
+        found = []
+        for file, entry in self._files.items():
+            written, offsets = entry.written, entry.offsets()
+            found.append((file, "its header", 0, written.header_bytes, written.header_crc))
+            for (key, crc), size in zip(written.tensor_crcs.items(), entry.sizes(), strict=True):
+                if kind in (None, entry.pieces[key].kind):
+                    found.append((file, key, offsets[key], size, crc))
+        return found
+
+    def _fault_of_range(self, what: tuple[str, str, int, int, int]) -> str | None:
+        file, key, begin, size, crc = what
+        try:
+            return None if crc_of_range(self.path / file, begin, size) == crc else self._damage(file, key)
+        except OSError as error:
+            return f"{self.path / file} cannot be read ({error})"
+
+    def _damage(self, file: str, key: str) -> str:
+        return f"{self.path / file} is damaged: {key} does not match its checksum"
+
+    def side_by_side(self, jobs: Iterable[Sequence[Callable[[], object]]]) -> None:
+        """Do several jobs at a time, the reads of each one after the other.
+
+        Fastest in the order in which parameters, and the kinds of each, were written. Raises what the first raises
+        that fails.
+        """
+
+        def work(job: Sequence[Callable[[], object]]) -> None:
+            for read in job:
+                read()
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(work, jobs))
 
     def read(
         self,
@@ -156,13 +221,10 @@ class Reader:
 
         From the disk to where it belongs, where that is contiguous, in host memory and of the stored type.
         """
-        if target.dtype == self.dtype(name, kind) and target.device.type == "cpu" and target.is_contiguous():
-            if zero_fill:
-                target.zero_()
-            self._fill(target.detach(), name, kind, dim, start, stop, flat_start, zero_fill=zero_fill)
-        else:
-            where = (dim, start, stop, flat_start, flat_start + target.numel())
-            target.copy_(self.read_flat(name, kind, *where, zero_fill=zero_fill))
+        target = target.detach()
+        if zero_fill:
+            target.zero_()
+        self._fill(target, name, kind, dim, start, stop, flat_start, zero_fill=zero_fill)
 
     def _fill(
         self,
@@ -197,13 +259,22 @@ class Reader:
         copied = 0
         for file, piece in pieces:
             span = piece.span if piece.dim is not None else piece.span._replace(start=0, stop=shape[axis])
+            if (span.start, span.stop) == (start, stop) and out.is_contiguous():
+                # Cut alike, so that what both hold is one run, however its ends lie in the rows.
+                low, high = max(span.flat_start, flat_start), min(span.flat_stop, flat_stop)
+                if low < high:
+                    part = out[low - flat_start : high - flat_start]
+                    self._read(file, piece, low - span.flat_start, part)
+                    copied += high - low
+                continue
             if span.start < stop and start < span.stop:
                 for ours, theirs, box in overlaps(targets, rectangles(shape, axis, span)):
                     part = view(out, ours, box)
                     if part.is_contiguous() and (begin := contiguous(theirs, box)) is not None:
                         self._read(file, piece, begin, part)
                     else:
-                        part.copy_(view(self._map(file, piece), theirs, box))
+                        with self._reading(file):
+                            part.copy_(view(self._map(file, piece), theirs, box))
                     copied += part.numel()
         if copied != out.numel() and not zero_fill:
             fault = f"holds {copied} of the {out.numel()} elements asked for"
@@ -229,23 +300,30 @@ class Reader:
 
     def _map(self, file: str, piece: Stored) -> torch.Tensor:
         """The data of a piece, mapped: bytes are read when they are copied out."""
-        with self._reading(file):
-            if file not in self._mapped:
-                self._mapped[file] = safe_open(self.path / file, framework="pt")
-            data: torch.Tensor = self._mapped[file].get_tensor(key_of(piece))
+        if file not in self._mapped:
+            self._mapped[file] = safe_open(self.path / file, framework="pt")
+        data: torch.Tensor = self._mapped[file].get_tensor(key_of(piece))
         return data
 
     def _read(self, file: str, piece: Stored, begin: int, out: torch.Tensor) -> None:
-        """The elements of a piece from `begin` on into `out`, contiguous, by several threads."""
+        """The elements of a piece from `begin` on into `out`, contiguous."""
         if file not in self._offsets:
             self._offsets[file] = self._files[file].offsets()
-        at = self._offsets[file][key_of(piece)] + begin * out.itemsize
+        key, path, dtype = key_of(piece), self.path / file, DTYPES_BY_NAME[piece.dtype]
+        at = self._offsets[file][key] + begin * dtype.itemsize
         flat = out.as_strided((out.numel(),), (1,))  # a single element may have any stride
-        data = flat.view(torch.uint8).numpy().data
+        whole = flat.numel() == piece.span.flat_stop - piece.span.flat_start
         with self._reading(file):
-            if file not in self._open:
-                self._open[file] = (self.path / file).open("rb", buffering=0)
-            read_range(self._open[file].fileno(), at, data, self._pool)
+            if self._check and whole and (file, key) not in self._checked:
+                crc = read_values(path, at, dtype, flat, summed=True)
+                if crc != self._files[file].written.tensor_crcs[key]:
+                    self._faults.append(self._damage(file, key))
+                self._checked.add((file, key))
+                return
+            parts = flat.split(_CHUNK // dtype.itemsize)
+            begins = range(at, at + flat.numel() * dtype.itemsize, _CHUNK)
+            read = partial(read_values, path, summed=False)
+            list(self._pool.map(read, begins, repeat(dtype), parts))
 
     @contextlib.contextmanager
     def _reading(self, file: str) -> Iterator[None]:
@@ -253,14 +331,16 @@ class Reader:
             yield
         except (OSError, SafetensorError) as error:
             fault = f"{self.path / file} cannot be read ({error})"
-            raise CheckpointError(f"{fault}; use another step or restore the file") from error
+            if not self._check:
+                raise DamagedCheckpoint(f"{fault}; use another step or restore the file") from error
+            self._faults.append(fault)
 
     def _fault(self, name: str, kind: str, fault: str, remedy: str) -> CheckpointError:
         return CheckpointError(f"{self.path / INDEX}: parameter {name} ({kind}) {fault}; {remedy}")
 
 
 def _raise_on(faults: Iterable[str]) -> None:
-    if found := list(faults):
+    if found := list(dict.fromkeys(faults)):
         more = f"; and {len(found) - 8} more faults" if len(found) > 8 else ""
         remedy = "use another step or restore the file"
-        raise CheckpointError("; ".join(found[:8]) + more + f"; {remedy}")
+        raise DamagedCheckpoint("; ".join(found[:8]) + more + f"; {remedy}")

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 
-from megatron_lite.checkpoint import Piece, Reader  # noqa: E402
+from megatron_lite.checkpoint import KINDS, Piece, Reader  # noqa: E402
 from megatron_lite.config import Config  # noqa: E402
 from megatron_lite.data.loader import Batch  # noqa: E402
 from megatron_lite.model.gpt import GPT, gpt_layers  # noqa: E402
@@ -216,13 +217,16 @@ class Engine:
     def load(self, reader: Reader, weights_only: bool = False) -> None:
         """Takes weights (and masters, moments, loss scale) from a checkpoint written by any layout."""
         state = reader.metadata.get("engine", {})
-        with torch.no_grad():
-            for parameter in self.module.parameters():
-                self._load_weight(parameter, reader)
         parameters = list(self.module.parameters())
         owned = optimizer_state.fragments(parameters, self.optimizer, self.deepspeed.optimizer)
         steps = None if weights_only else int(state.get("optimizer_steps", 0))
-        optimizer_state.load_pieces(owned, self.optimizer, reader, steps)
+        reads = optimizer_state.reads(owned, self.optimizer, reader, steps)
+        jobs: list[list[optimizer_state.Read]] = []
+        for parameter in parameters:
+            weight, *moments = (reads.get((spec_of(parameter).name, kind), []) for kind in KINDS)
+            # The master after the working copy, so that its bytes need not be fetched, nor checked, again.
+            jobs += [[partial(self._load_weight, parameter, reader), *weight], *moments]
+        reader.side_by_side(jobs)
         if not weights_only:
             self._loss_scaler().update(state.get("loss_scaler", {}))
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from megatron_lite.checkpoint import CheckpointError
+from megatron_lite.checkpoint import CheckpointError, DamagedCheckpoint
 from megatron_lite.config import Config
 from megatron_lite.data.build import RunData, build_run
 from megatron_lite.data.errors import DatasetError
@@ -186,26 +186,34 @@ def start(config: Config, launch: Launch) -> Run:
     with agreed_failure():
         output = Output(config, active=mesh.rank == 0)
         metrics = Metrics(config, device, mesh.world_size, active=mesh.rank == 0)
-    checkpoint = find_start(config)
 
     eod_id = None if tokenizer is None else tokenizer.eod_id
     loader = partial(make_loader, config, eod_id=eod_id, data_rank=mesh.data_rank, data_size=mesh.data_size)
-    with agreed_failure():
-        progress = read_progress(config, checkpoint, fingerprint)
-        data = build_run(config, progress.step, progress.consumed_samples, progress.data)
-        place = {"consumed_samples": progress.consumed_samples, "first_sample": data.position.first}
-        held_out = [loader(dataset) for dataset in (data.valid, data.test) if dataset is not None]
-        for probe in (loader(data.train, **place), *held_out):
-            if probe.remaining_steps:
-                probe.next_step()  # data of another tokenizer show themselves at once
-    runtime = Runtime(mesh, ops, dtype, device, config.train.seed, config.train.recompute)
-    _log_start(config, launch, runtime, data)
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports of memory
-        engine = build_engine(config, runtime)
-    if checkpoint is not None:
+    starts, engine, fault = find_start(config), None, None
+    while True:
+        checkpoint = starts.send(fault)
         with agreed_failure():
+            progress = read_progress(config, checkpoint, fingerprint)
+            data = build_run(config, progress.step, progress.consumed_samples, progress.data)
+            place = {"consumed_samples": progress.consumed_samples, "first_sample": data.position.first}
+            held_out = [loader(dataset) for dataset in (data.valid, data.test) if dataset is not None]
+            for probe in (loader(data.train, **place), *held_out):
+                if probe.remaining_steps:
+                    probe.next_step()  # data of another tokenizer show themselves at once
+        if engine is None:
+            runtime = Runtime(mesh, ops, dtype, device, config.train.seed, config.train.recompute)
+            _log_start(config, launch, runtime, data)
+            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports of memory
+                engine = build_engine(config, runtime)
+        if checkpoint is None:
+            break
+        try:
             load_checkpoint(engine, checkpoint)
-        logger.info("starting from %s at step %d", checkpoint, progress.step)
+        except DamagedCheckpoint as error:
+            fault = str(error)
+        else:
+            logger.info("starting from %s at step %d", checkpoint, progress.step)
+            break
     train_loader = loader(data.train, **place, num_workers=config.data.num_workers)
     with agreed_failure():  # and together, so that the first step's time is a step's
         metrics.open(progress.step)

@@ -5,8 +5,9 @@ by what is true on every layout (name, tensor-parallel slice, flat range), and b
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,23 +152,33 @@ def _turns(specs: list[ParameterSpec], rank: int, size: int) -> dict[str, tuple[
     return found
 
 
-@torch.no_grad()
-def load_pieces(
+Read = Callable[[], None]
+
+
+def reads(
     owned: list[Fragment], optimizer: torch.optim.Optimizer, reader: Reader, optimizer_steps: int | None
-) -> None:
-    """Fills this rank's masters, and unless `optimizer_steps` is None its moments, from a checkpoint of any layout."""
+) -> dict[tuple[str, str], list[Read]]:
+    """What fills this rank's masters and moments from a checkpoint of any layout, by the parameter's name and kind.
+
+    Where `optimizer_steps` is None there are no moments, nor those of before any more.
+    """
+    found: dict[tuple[str, str], list[Read]] = {}
+    if optimizer_steps is None:
+        optimizer.state.clear()
     for fragment in owned:
         spec, owner, start = fragment.spec, fragment.owner, fragment.flat_start
-        read_part(reader, fragment.view(owner), spec, "weight", start)
-        if optimizer_steps is None:
-            continue
-        state = optimizer.state[owner]
-        if "exp_avg" not in state:  # the buffers do not exist before the first step
+        targets = {"weight": owner}
+        if optimizer_steps is not None:
+            state = optimizer.state[owner]
             for kind in MOMENTS:
-                state[kind] = torch.zeros_like(owner)
-        state["step"] = torch.tensor(float(optimizer_steps), device=owner.device)
-        for kind in MOMENTS:
-            read_part(reader, fragment.view(state[kind]), spec, kind, start)
+                if kind not in state:  # the buffers do not exist before the first step
+                    state[kind] = torch.zeros_like(owner, requires_grad=False)
+            state["step"] = torch.tensor(float(optimizer_steps), device=owner.device)
+            targets |= {kind: state[kind] for kind in MOMENTS}
+        for kind, target in targets.items():
+            read = partial(read_part, reader, fragment.view(target), spec, kind, start)
+            found.setdefault((spec.name, kind), []).append(read)
+    return found
 
 
 def read_part(reader: Reader, out: Tensor, spec: ParameterSpec, kind: str, flat_start: int) -> None:

@@ -82,11 +82,15 @@ def metadata_of(engine: Engine, progress: Progress) -> dict[str, Any]:
     }
 
 
-def find_start(config: Config) -> Path | None:
-    """The checkpoint this run starts from, None for a fresh start.
+# Take what comes; or send what is wrong with it, and the next best comes.
+Starts = Generator[Path | None, str | None, None]
 
-    Collective: the first rank looks, and all share the reading through of what it found; a damaged checkpoint in the
-    folder is passed over for an older one, with a warning.
+
+def find_start(config: Config) -> Starts:
+    """The checkpoint this run starts from, None for a fresh start; then what to take where that turns out damaged.
+
+    Collective: the first rank looks. What it finds has an index and files of the right sizes; their bytes are for
+    `load_checkpoint` to check. Each that is passed over is told, with what was wrong with it.
 
     Raises:
         ValueError: on every rank; resuming is required and there is nothing to resume, `checkpoint.load`
@@ -99,23 +103,11 @@ def find_start(config: Config) -> Path | None:
             if dist.get_rank() == 0:
                 found[0] = candidates.send(fault)
         dist.broadcast_object_list(found)
-        if found[0] is None or (fault := _fault_in(found[0])) is None:
-            return found[0]
+        fault = yield found[0]
 
 
-def _fault_in(path: Path) -> str | None:
-    """Reads a checkpoint through, each rank some of its files; what is wrong with it, the same on every rank."""
-    fault = None
-    try:
-        with Reader(path) as reader:
-            reader.verify(reader.files[dist.get_rank() :: dist.get_world_size()])
-    except (CheckpointError, OSError) as error:
-        fault = str(error)
-    return next((fault for fault in gather(fault) if fault is not None), None)
-
-
-def _candidates(config: Config) -> Generator[Path | None, str | None, None]:
-    """The checkpoints to start from, best first, and None for a fresh start; send what is wrong with the last."""
+def _candidates(config: Config) -> Starts:
+    """What `find_start` gives, on the first rank."""
     settings = config.checkpoint
     if settings.resume != "never":
         yield from search_output(config.train.output_dir)  # raises where all that there are were damaged
@@ -212,15 +204,25 @@ def _weights_only(config: Config, reader: Reader) -> bool:
 def load_checkpoint(engine: Engine, path: Path) -> None:
     """Takes weights, and what else `checkpoint.weights_only` leaves to take, from a checkpoint of any layout.
 
-    Collective.
+    Collective. Its checksums are compared while it is read; then ranks share the reading of what none has read whole.
 
     Raises:
-        CheckpointError: it is damaged, or of another model; the message lists the parameters that differ.
+        DamagedCheckpoint: on every rank; take another one, which overwrites all that was taken from this.
+        ValueError: on every rank; it is of another model, and the message lists the parameters that differ.
     """
     names = {name for held in gather([name for name, _ in engine.named_parameters()]) for name in held}
-    with Reader(path) as reader:
-        _check_model(engine, reader, names)
-        engine.load(reader, _weights_only(engine.config, reader))
+    with contextlib.ExitStack() as stack:
+        with agreed_failure():
+            reader = stack.enter_context(Reader(path, check=True))
+            _check_model(engine, reader, names)
+            weights_only = _weights_only(engine.config, reader)
+            engine.load(reader, weights_only)
+        ranks: dict[str, Any] = {
+            "rank": dist.get_rank(),
+            "world_size": dist.get_world_size(),
+            "gather": gather,
+        }
+        reader.verify("weight" if weights_only else None, **ranks)
 
 
 # What changes the function that the weights compute, without changing their shapes.

@@ -12,7 +12,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_lite.checkpoint import KINDS, CheckpointError, Piece, Reader, find_latest, resolve, save
+from megatron_lite.checkpoint import (
+    KINDS,
+    CheckpointError,
+    DamagedCheckpoint,
+    Piece,
+    Reader,
+    find_latest,
+    resolve,
+    save,
+)
 from megatron_lite.checkpoint.index import read_index, write_index
 from megatron_lite.checkpoint.store import save_files
 from tests.checkpoint.ranks import SHAPES, cut, layout, random_state, save_state
@@ -61,11 +70,15 @@ def test_random_layouts_and_slices(tmp_path):
                 assert torch.equal(flat, shard.reshape(-1)[low:high])
 
 
-def test_only_files_that_hold_something_wanted_are_opened(tmp_path):
+def test_only_files_that_hold_something_wanted_are_read(tmp_path):
     path = save_state(tmp_path, 1, random_state(0), 2, 1, 4, 3)
     with Reader(path) as reader:
+        for file in path.glob("rank_*"):
+            if file.name != "rank_00000.safetensors":
+                file.unlink()
         reader.read_flat("blocks.0.mlp.linear_fc2.weight", "weight", 1, 0, 6, 0, 8)
-        assert list(reader._open) == ["rank_00000.safetensors"]
+        with pytest.raises(DamagedCheckpoint, match=r"rank_0000\d.safetensors cannot be read"):
+            reader.read_flat("blocks.0.mlp.linear_fc2.weight", "weight", 1, 0, 6, 0, 9)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +168,11 @@ def test_every_flipped_bit_is_found_and_named(tmp_path):
         reader.verify()
     flip(path / "rank_00001.safetensors", -1)
     with Reader(path) as reader:
-        reader.verify(["rank_00000.safetensors"])
+        reader.verify("weight")
         with pytest.raises(
-            CheckpointError, match=r"rank_00001.safetensors is damaged: exp_avg_sq/blocks\.0\.mlp"
+            DamagedCheckpoint, match=r"rank_00001.safetensors is damaged: exp_avg_sq/blocks\.0\.mlp"
         ):
-            reader.verify(reader.files)
+            reader.verify("exp_avg_sq")
 
 
 def test_missing_and_truncated_files_are_named_on_opening(tmp_path):
@@ -184,10 +197,12 @@ def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reading_into_a_tensor_of_any_type_and_stride(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr("megatron_lite.checkpoint.files._CHUNK", 16)  # so that threads share a piece
+@pytest.mark.parametrize("check", [False, True])
+def test_reading_into_a_tensor_of_any_type_and_stride(tmp_path, dtype, check, monkeypatch):
+    monkeypatch.setattr("megatron_lite.checkpoint.reader._CHUNK", 16)  # so that threads share a piece
+    monkeypatch.setattr("megatron_lite.checkpoint.files._BLOCK", 8)
     state = random_state(0)
-    with Reader(save_state(tmp_path, 1, state, 2, 1, 3, 1)) as reader:
+    with Reader(save_state(tmp_path, 1, state, 2, 1, 3, 1), check=check) as reader:
         for name, (dim, start, stop, low, high) in [one for rank in layout(4, 1, 2, 3) for one in rank]:
             expected = cut(state["exp_avg"][name], dim, start, stop, low, high).to(dtype)
             for step in (1, 2):
@@ -195,6 +210,8 @@ def test_reading_into_a_tensor_of_any_type_and_stride(tmp_path, dtype, monkeypat
                 reader.read_into(around[1:-1, 0], name, "exp_avg", dim, start, stop, low)
                 assert torch.equal(around[1:-1, 0], expected)
                 assert (around[[0, -1]] == 7).all() and (around[:, 1:] == 7).all(), "nothing beside it"
+        if check:
+            reader.verify()
 
 
 def test_an_index_of_another_version_is_refused(tmp_path, monkeypatch):

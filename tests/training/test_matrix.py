@@ -130,7 +130,7 @@ def run_target(cases: list[Case]) -> list[Half]:
         like = config.model, config.train.precision
         if made != like:
             engine, made = make_engine(config), like
-        path = find_start(config)
+        path = next(find_start(config))
         assert engine is not None and path is not None
         progress = read_progress(config, path)
         load_checkpoint(engine, path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import CheckpointError, Reader, resolve
+from megatron_lite.checkpoint import Reader, resolve
 from megatron_lite.checkpoint import latest as latest_module
 from megatron_lite.checkpoint.reshard import reshard
 from megatron_lite.training import saving
@@ -25,7 +25,7 @@ from megatron_lite.training.saving import (
     read_progress,
 )
 from tests.distributed import run_ranks
-from tests.training_case import Case, import_what_ranks_import, make_engine, train
+from tests.training_case import Case, import_what_ranks_import, load_start, make_engine, train
 
 
 def make(folder: Path | str, **settings: Any) -> Case:
@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(case: Case) -> tuple[str | None, Progress]:
-    path = find_start(case.config())
+    path = next(find_start(case.config()))
     return None if path is None else str(path), read_progress(case.config(), path)
 
 
@@ -100,7 +100,7 @@ def test_weights_only_is_a_fresh_start_but_not_of_the_run_itself(run: Path, tmp_
 def go_on(case: Case) -> int:
     """One step from where the run starts, saved; the step it started at."""
     config = case.config()
-    path = find_start(config)
+    path = next(find_start(config))
     progress, engine = read_progress(config, path), make_engine(config)
     assert path is not None
     load_checkpoint(engine, path)
@@ -147,7 +147,7 @@ def all_find() -> str:
 
 def load_other(case: Case, path: str) -> str:
     engine = make_engine(case.config())
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(ValueError) as error:
         load_checkpoint(engine, Path(path))
     return str(error.value)
 
@@ -177,6 +177,12 @@ def flip_last_bit(step: Path) -> None:
     file.write_bytes(data)
 
 
+def failing_to_load(case: Case) -> str:
+    with pytest.raises(ValueError) as error:
+        load_start(make_engine(case.config()))
+    return str(error.value)
+
+
 def start_and_warnings(case: Case) -> tuple[str | None, list[str]]:
     messages: list[str] = []
 
@@ -184,7 +190,8 @@ def start_and_warnings(case: Case) -> tuple[str | None, list[str]]:
         messages.append(message % args)
 
     latest_module.log.warning = note  # type: ignore[method-assign, assignment]
-    return start(case)[0], messages
+    path = load_start(make_engine(case.config()))
+    return None if path is None else str(path), messages
 
 
 def test_each_damage_is_told_once(run: Path, tmp_path: Path) -> None:
@@ -212,9 +219,9 @@ def test_each_damage_is_told_once(run: Path, tmp_path: Path) -> None:
         assert re.match(pattern, message), message
 
     flip_last_bit(steps[1])
-    (message,) = run_ranks(1, failing, make(tmp_path))
+    (message,) = run_ranks(1, failing_to_load, make(tmp_path))
     assert "no checkpoint is whole" in message and message.count(" is damaged: ") == 3
-    (message,) = run_ranks(1, failing, make(tmp_path / "new", checkpoint__load=str(steps[4])))
+    (message,) = run_ranks(1, failing_to_load, make(tmp_path / "new", checkpoint__load=str(steps[4])))
     assert message.startswith(f"{steps[4]}/rank_00000.safetensors is damaged: ")
 
 
@@ -245,7 +252,7 @@ def test_another_seed_is_a_warning(run: Path) -> None:
 def warned_with_another_tokenizer(case: Case) -> list[str]:
     engine = make_engine(case.config())
     Saver(engine).save(Progress(1, 8, 128, origin={TOKENIZER: "old"}), last=True)
-    path, messages = find_start(case.config()), warnings_kept()
+    path, messages = next(find_start(case.config())), warnings_kept()
     assert read_progress(case.config(), path, "new").origin == {TOKENIZER: "new"}
     return messages
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import CheckpointError, Reader
+from megatron_lite.checkpoint import Reader
 from megatron_lite.model.rotary import Rotary
 from megatron_lite.parallel.launch import Launch, choose_device, init_distributed
 from megatron_lite.parallel.mesh import build_mesh
@@ -153,11 +153,11 @@ def save_case(case: Case, folder: Path) -> None:
 def load_case(case: Case, folder: Path) -> str:
     config = replace(case, settings={**case.settings, "train.output_dir": str(folder)}).config()
     engine = make_engine(config)
-    path = find_start(config)
+    path = next(find_start(config))
     assert path is not None
     try:
         load_checkpoint(engine, path)
-    except CheckpointError as error:
+    except ValueError as error:
         return str(error)
     return "loaded"
 
@@ -251,29 +251,3 @@ def test_tokens_added_to_a_tokenizer_take_rows_of_padding(tmp_path: Path, multip
     assert same and math.isfinite(loss)
     model["vocab_size"] = 61
     assert run_ranks(1, load_and_warnings, Case(model=model), folder)[0][:2] == ([], True)
-
-
-def start_of(folder: Path) -> str:
-    config = Case(settings={"train.output_dir": str(folder)}).config()
-    path = find_start(config)
-    return "none" if path is None else path.name
-
-
-def test_ranks_share_the_reading_and_fall_back_together(tmp_path: Path) -> None:
-    """A bit flipped in the file that the second rank reads: both take the older checkpoint."""
-    run_ranks(2, save_case, Case(data=2), tmp_path)
-    folder = tmp_path / "checkpoints"
-    older = folder / "step_00000000"
-    os.rename(folder / "step_00000001", older)
-    index = (older / "index.json").read_text()
-    run_ranks(2, save_case, Case(data=2), tmp_path)
-    assert run_ranks(2, start_of, tmp_path) == ["step_00000001"] * 2
-    assert (
-        index
-    )  # the older one is renamed by hand, and says step 1 inside: it is only looked for, not loaded
-    damaged = folder / "step_00000001" / "rank_00001.safetensors"
-    data = bytearray(damaged.read_bytes())
-    data[-5] ^= 1
-    damaged.write_bytes(data)
-    found = run_ranks(2, start_of, tmp_path)
-    assert found[0] == found[1] != "step_00000001"

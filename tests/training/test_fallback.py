@@ -1,0 +1,127 @@
+"""A run that finds damage while it loads takes the next best checkpoint, on all ranks, and all of its state from it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lite.checkpoint import DamagedCheckpoint
+from megatron_lite.checkpoint import reader as reader_module
+from megatron_lite.checkpoint.latest import write_latest
+from megatron_lite.checkpoint.reshard import reshard
+from megatron_lite.training.engine import Engine
+from megatron_lite.training.saver import Saver
+from megatron_lite.training.saving import Progress
+from tests import training_case
+from tests.distributed import run_ranks
+from tests.training.whole_state import summary
+from tests.training_case import Case, import_what_ranks_import, load_start, make_engine, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports() -> None:
+    import_what_ranks_import()
+
+
+def within(case: Case, folder: Path, **settings: Any) -> Case:
+    return replace(case, settings={**case.settings, "train.output_dir": str(folder), **settings})
+
+
+def save_two(case: Case) -> dict[str, Any]:
+    """Steps 1 and 2; the state at step 1."""
+    engine = make_engine(case.config())
+    for step in (1, 2):
+        train(engine, range(step - 1, step))
+        if step == 1:
+            first = summary(engine)
+        Saver(engine).save(Progress(step, step * 8, step * 128), last=True)
+    return first
+
+
+def load(case: Case) -> tuple[str, list[str], list[int], dict[str, Any]]:
+    """As a run does: the folder loaded in the end, what was wrong with others, sizes read for sums alone, state."""
+    sizes: list[int] = []
+    faults: list[str] = []
+    original, load_checkpoint = reader_module.crc_of_range, training_case.load_checkpoint
+
+    def noted(path: Path, begin: int, size: int) -> int:
+        sizes.append(size)
+        return original(path, begin, size)
+
+    def told(engine: Engine, path: Path) -> None:
+        try:
+            load_checkpoint(engine, path)
+        except DamagedCheckpoint as error:
+            faults.append(str(error))
+            raise
+
+    reader_module.crc_of_range, training_case.load_checkpoint = noted, told
+    engine = make_engine(case.config())
+    path = load_start(engine)
+    assert path is not None
+    return path.name, faults, sizes, summary(engine) if engine.optimizer.state else {}
+
+
+def damage(path: Path, kind: str) -> None:
+    """Another bit in the last piece of a kind that a file holds."""
+    with reader_module.Reader(path.parent) as reader:
+        entry = reader._files[path.name]
+        key = [key for key, piece in entry.pieces.items() if piece.kind == kind][-1]
+        at = entry.offsets()[key]
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+# Source and target: the same, fewer ranks, more; partitioned parameters; stages.
+CASES = [
+    (Case(data=2), Case(data=2)),
+    (Case(data=2), Case()),
+    (Case(2, 1, 1), Case(data=2, zero=3)),
+    (Case(data=2, precision="bf16", zero=2), Case(2, 1, 1, precision="bf16")),
+    (Case(), Case(pipeline=2)),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), CASES, ids=lambda case: str(case))
+@pytest.mark.parametrize("kind", ["weight", "exp_avg_sq"])
+def test_all_ranks_take_the_one_before(source: Case, target: Case, kind: str, tmp_path: Path) -> None:
+    first, *_ = run_ranks(source.world_size, save_two, within(source, tmp_path))
+    newest = sorted((tmp_path / "checkpoints/step_00000002").glob("rank_*"))[-1]
+    damage(newest, kind)
+    for path, faults, sizes, state in run_ranks(target.world_size, load, within(target, tmp_path)):
+        assert path == "step_00000001"
+        (fault,) = faults
+        assert f"{newest} is damaged: {kind}/" in fault and fault.count("is damaged") == 1
+        assert state == first
+        if source == target:
+            # Two checkpoints, of which no rank reads more than its share of the headers a second time.
+            assert len(sizes) <= 2, sizes
+
+
+def test_weights_alone_do_not_look_at_moments(tmp_path: Path) -> None:
+    run_ranks(1, save_two, within(Case(), tmp_path))
+    newest = tmp_path / "checkpoints/step_00000002/rank_00000.safetensors"
+    damage(newest, "exp_avg")
+    only = {"checkpoint.weights_only": True, "checkpoint.resume": "never", "checkpoint.load": str(tmp_path)}
+    ((path, faults, _, state),) = run_ranks(1, load, within(Case(), tmp_path / "other", **only))
+    assert (path, faults, state) == ("step_00000002", [], {})
+    damage(newest, "weight")
+    ((path, faults, _, state),) = run_ranks(1, load, within(Case(), tmp_path / "other", **only))
+    assert (path, len(faults), state) == ("step_00000001", 1, {})
+
+
+def test_no_moments_stay_of_what_was_damaged(tmp_path: Path) -> None:
+    """Weights imported into the output folder, and behind them a checkpoint of a run that began there."""
+    run_ranks(1, save_two, within(Case(), tmp_path / "run"))
+    one, two = (tmp_path / f"run/checkpoints/step_0000000{step}" for step in (1, 2))
+    reshard(one, tmp_path, weights_only=True)
+    two.rename(tmp_path / "checkpoints" / two.name)
+    write_latest(tmp_path / "checkpoints" / two.name)
+    case = within(Case(), tmp_path, **{"checkpoint.weights_only": True})
+    ((path, faults, _, state),) = run_ranks(1, load, case)
+    assert (path, faults) == (two.name, []) and state
+    damage(tmp_path / "checkpoints" / two.name / "rank_00000.safetensors", "exp_avg")
+    ((path, faults, _, state),) = run_ranks(1, load, case)
+    assert (path, len(faults), state) == (one.name, 1, {})
