@@ -39,6 +39,7 @@ DOORS = {
     "warcio": ("megatron_lite/corpus",),
     "transformers": ("megatron_lite/checkpoint",),
     "safetensors": ("megatron_lite/checkpoint",),
+    "zlib_ng": ("megatron_lite/checkpoint/blocks.py",),
     # A pickle runs code of whoever wrote it, so only one place reads any, with an unpickler that runs none.
     "pickle": ("megatron_lite/checkpoint/foreign",),
     "_pickle": ("megatron_lite/checkpoint/foreign",),

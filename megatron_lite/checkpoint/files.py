@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_lite.checkpoint.blocks import BlockWriter, Bytes
+from megatron_lite.checkpoint.blocks import BlockWriter, Bytes, crc32
 
 _DTYPES = {
     torch.float64: "F64",
@@ -144,7 +143,7 @@ def read_values(path: Path, begin: int, dtype: torch.dtype, out: torch.Tensor, *
     crc = done = 0
     for block in read_blocks(path, begin, out.numel() * dtype.itemsize, target):
         if summed:
-            crc = zlib.crc32(block.data, crc)
+            crc = crc32(block.data, crc)
         if not in_place:
             values = torch.from_numpy(block).view(dtype)
             out[done : done + values.numel()].copy_(values)
@@ -156,7 +155,7 @@ def crc_of_range(path: Path, begin: int, size: int) -> int:
     """CRC-32 of bytes [begin, begin + size) of a file. Raises as `read_blocks` does."""
     crc = 0
     for block in read_blocks(path, begin, size):
-        crc = zlib.crc32(block.data, crc)
+        crc = crc32(block.data, crc)
     return crc
 
 
