@@ -15,15 +15,19 @@ One parameter is in memory at a time. An export to hf is checked before it is ca
 has the bits that were written; transformers loads it, and its logits must be those of our own model (one after the
 other is in memory then, in fp32); its tokenizer must give our ids. --no-check leaves this out.
 Exported weights get their names when all are on the disk: of an export that was killed there is no half, and the next
-one into its folder clears away what it left.
+one into its folder clears away what it left. One conversion at a time writes in a folder.
 Exit status: 0 done, 2 what was asked for cannot be done.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import math
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lite.checkpoint import CheckpointError, Reader, resolve
@@ -63,16 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         source = source_of(options.load)
         check_options(options, source)
-        if options.to == "hf":
-            to_huggingface(options)
-        elif options.to == "safetensors":
-            to_safetensors(options)
-        elif source == "hugging_face":
-            from_huggingface(options)
-        elif source == "foreign":
-            from_foreign(options)
-        else:
-            cut_anew(options)
+        with held(options.save):
+            convert(options, source)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -163,6 +159,51 @@ def check_options(options: argparse.Namespace, source: str) -> None:
         raise CheckpointError(
             "--shard-gb must be at least 1e-6, and the files of a layout are as large as its ranks' parts"
         )
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other conversions out of a folder, which is made, and removed again where nothing was written.
+
+    The lock is on the folder itself, so that no file of it can lie in an export, and goes with the process, however
+    that ends. Where the file system has none for folders (NFS), a second conversion is not noticed.
+
+    Raises CheckpointError where another conversion holds it, and where it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"--save {folder}: {error.strerror}; give another folder") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        remedy = "wait for its end, stop it, or give another folder"
+        raise CheckpointError(f"another conversion writes in {folder}; {remedy}") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+        os.close(descriptor)
+
+
+def convert(options: argparse.Namespace, source: str) -> None:
+    if options.to == "hf":
+        to_huggingface(options)
+    elif options.to == "safetensors":
+        to_safetensors(options)
+    elif source == "hugging_face":
+        from_huggingface(options)
+    elif source == "foreign":
+        from_foreign(options)
+    else:
+        cut_anew(options)
 
 
 def file_bytes(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ so that a kill at any moment leaves what was there before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -113,6 +114,8 @@ def save_files(target: Path, step: int, files: list[list[Piece]], metadata: dict
         _publish(temporary, final, Index(step, metadata, entries))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full
+        with contextlib.suppress(OSError):
+            directory.rmdir()
         raise
     return final
 

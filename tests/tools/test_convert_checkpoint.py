@@ -1,6 +1,10 @@
 """tools/convert_checkpoint.py, there and back, from the command line's point of view."""
 
+import contextlib
+import errno
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -12,7 +16,7 @@ from megatron_lite.checkpoint.foreign.arguments import model_of
 from megatron_lite.checkpoint.huggingface import rules
 from megatron_lite.config import ModelConfig, load_config
 from tests.checkpoint.torch_dist import PLAIN, plain, write_torch_dist
-from tools.convert_checkpoint import main
+from tools.convert_checkpoint import held, main
 
 
 @pytest.fixture
@@ -236,6 +240,67 @@ def test_nothing_is_written_into_a_run(run, capsys, to):
         "/checkpoints h", " h"
     )
     assert [path.name for path in run.iterdir()] == ["checkpoints"]
+
+
+@contextlib.contextmanager
+def holder(target):
+    """A process that holds a folder, killed in the end."""
+    ready, told = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            with held(target):
+                os.write(told, b"1")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(told)
+    try:
+        assert os.read(ready, 1) == b"1"
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", "megatron_lite"])
+@pytest.mark.parametrize("there", [False, True])
+def test_one_conversion_at_a_time_writes_in_a_folder(run, tmp_path, capsys, to, there):
+    """Whether the folder was there or not; a kill lets go of it, and no file of the lock is left."""
+    target = tmp_path / "exported" / "out"
+    if there:
+        target.mkdir(parents=True)
+    with holder(target):
+        assert convert(run, to, target, "--no-check") == 2
+        remedy = "wait for its end, stop it, or give another folder"
+        assert capsys.readouterr().err == f"error: another conversion writes in {target}; {remedy}\n"
+        assert list(target.iterdir()) == []
+    assert convert(run, to, target, "--no-check") == 0
+    assert convert(run, to, tmp_path / "alone", "--no-check") == 0
+    assert sorted(os.listdir(target)) == sorted(os.listdir(tmp_path / "alone"))
+
+
+def test_a_folder_that_cannot_be_locked_or_made(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert convert(run, "safetensors", tmp_path / "out") == 0
+    (tmp_path / "file").touch()
+    for target, says in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "out", "Not a directory")):
+        assert convert(run, "safetensors", target) == 2
+        assert capsys.readouterr().err == f"error: --save {target}: {says}; give another folder\n"
+
+
+def no_locks(*_):
+    raise OSError(errno.EBADF, "Bad file descriptor")
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", "megatron_lite"])
+def test_what_fails_leaves_no_folders(run, tmp_path, capsys, monkeypatch, to):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_lite.checkpoint.store.write_safetensors", full)
+    monkeypatch.setattr("megatron_lite.checkpoint.huggingface.exporting.write_safetensors", full)
+    assert convert(run, to, tmp_path / "exported" / "out") == 2
+    assert "No space left" in capsys.readouterr().err and not (tmp_path / "exported").exists()
 
 
 @pytest.mark.parametrize("to", ["hf", "safetensors"])
