@@ -5,8 +5,14 @@ and reads as many bytes as its side does, in one plain file past the page cache 
 disk's own rate at that moment (many disks are faster for a while after a rest), and ratios are to that.
 Writing ends when the disk has the data (fsync; of torch.save's and DeepSpeed's files, which they do not do, by us).
 Before anything is read its pages are dropped from the page cache (posix_fadvise). Loading ends with everything in the
-memory of the model and optimizer; ours has verified every checksum then, the others verify nothing. Of a save beside
-training, `stall` is how long the caller waits, of the second save, as the first takes the memory that later ones have.
+memory of the model and optimizer; ours has verified every checksum then, the others verify nothing.
+
+Saves beside training run beside steps of matrix products, about a second and a half each (`benchmarks/beside.py`), one
+after the other until the save is done; torch's stages in a thread, as ours copies. `stall` is how long the computing
+thread is kept: the call, and the wait before the state may change, at the end of the first step. That is not all that
+such a save costs, since it takes cores and memory from the computing: `computing s more` is how much longer all of it
+took, until the save was done, than as much of it alone in the same turn. `save s` of these sides is beside computing.
+Measured is the second save, as the first takes the memory that later ones have.
 """
 
 from __future__ import annotations
@@ -23,14 +29,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from bare import ROOT
+from beside import PRODUCTS, Save, beside_computing
 from common import header, spread
 from disk import drop, read_seconds, write_seconds
 
@@ -88,8 +95,8 @@ def make_state(size: str) -> State:
 class Turn:
     """One turn of a side: what was measured, in seconds, and the disk's own time for as many bytes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "checkpoint"
+    def __init__(self, folder: Path, products: int) -> None:
+        self.folder, self.products = folder / "checkpoint", products
         self.plain = folder / "plain"
         self.found: dict[str, float] = {}
 
@@ -107,6 +114,11 @@ class Turn:
         self.plain.unlink()
         self.found["disk write"] = (before + write_seconds(self.plain, size)) / 2
         self.found["bytes"] = sum(path.stat().st_size for path in self.files())
+
+    def save_beside(self, size: int, begin: Save) -> None:
+        found: dict[str, float] = {}
+        self.save(size, lambda: found.update(beside_computing(begin, self.products)))
+        self.found |= found
 
     def load(self, action: Callable[[], Any]) -> None:
         for path in self.files():
@@ -135,16 +147,14 @@ def ours(turn: Turn, size: str, background: bool) -> None:
     state, host = make_state(size), HostCopy()
     pieces = [Piece.whole(name, kind, t) for kind, held in state.items() for name, t in held.items()]
 
-    def later() -> None:
-        taken: list[Piece] = []
-        turn.timed("stall", lambda: taken.extend(host.take(pieces)))
-        thread = threading.Thread(target=save, args=(turn.folder, 1, taken, {}))
-        thread.start()
-        thread.join()
+    def begin() -> tuple[Callable[[], Any], Future[Any]]:
+        thread, (copies, copy) = ThreadPoolExecutor(1), host.begin(pieces)
+        copied = thread.submit(copy)
+        return copied.result, thread.submit(save, turn.folder, 1, copies, {})
 
     if background:
-        host.take(pieces)
-        turn.save(bytes_of(state), later)
+        host.begin(pieces)[1]()
+        turn.save_beside(bytes_of(state), begin)
         return
     turn.save(bytes_of(state), lambda: save(turn.folder, 1, pieces, {}))
 
@@ -208,23 +218,17 @@ def torch_dcp(turn: Turn, size: str, background: bool) -> None:
     state = make_state(size)
     flat = {f"{kind}/{name}": tensor for kind, held in state.items() for name, tensor in held.items()}
     if background:
-        from torch.distributed.checkpoint.state_dict_saver import DefaultStager
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-        def later(stager: Any) -> None:
-            jobs: list[Any] = []
+        options = {"use_pinned_memory": False, "use_shared_memory": False, "use_non_blocking_copy": False}
+        stager = DefaultStager(StagingOptions(use_async_staging=True, **options))
 
-            def begin() -> None:
-                jobs.append(dcp.async_save(flat, checkpoint_id=turn.folder, async_stager=stager))
+        def begin() -> tuple[Callable[[], Any], Future[Any]]:
+            job = dcp.async_save(flat, checkpoint_id=turn.folder, async_stager=stager)
+            return job.staging_completion.result, job.upload_completion
 
-            turn.timed("stall", begin)
-            getattr(jobs[0], "upload_completion", jobs[0]).result()
-
-        options = {"use_pinned_memory": False, "use_shared_memory": False, "use_async_staging": False}
-        from torch.distributed.checkpoint.staging import StagingOptions
-
-        stager = DefaultStager(StagingOptions(**options, use_non_blocking_copy=False))
-        later(stager)  # it keeps its memory from the first save
-        turn.save(bytes_of(state), lambda: later(stager))
+        begin()[1].result()  # it keeps its memory from the first save
+        turn.save_beside(bytes_of(state), begin)
         return
     turn.save(bytes_of(state), lambda: dcp.save(flat, checkpoint_id=turn.folder))
     turn.load(lambda: dcp.load(flat, checkpoint_id=turn.folder))
@@ -280,7 +284,7 @@ def bytes_of(state: State) -> int:
 
 def take_turn(side: str, size: str, folder: Path) -> dict[str, float]:
     """In the process of a turn: its measurements, with the peak of its memory in GiB."""
-    turn = Turn(folder)
+    turn = Turn(folder, 1 if size == "tiny" else PRODUCTS)
     with contextlib.redirect_stdout(io.StringIO()):
         if side.startswith("ours"):
             ours(turn, size, side.endswith("async"))
@@ -306,7 +310,7 @@ def run_turn(side: str, options: argparse.Namespace) -> dict[str, float] | str:
 
 def rows(results: dict[str, list[dict[str, float]]], errors: dict[str, str]) -> list[list[str]]:
     titles = ["side", "GB", "save s", "save GB/s", "of the disk's", "stall s", "of ours' sync save"]
-    titles += ["load s", "load GB/s", "of the disk's", "peak GiB"]
+    titles += ["computing s more", "load s", "load GB/s", "of the disk's", "peak GiB"]
     table = [titles, ["---"] * len(titles)]
     sync = [turn["save"] for turn in results.get("ours", [])]
     for side, turns in results.items():
@@ -320,6 +324,7 @@ def rows(results: dict[str, list[dict[str, float]]], errors: dict[str, str]) -> 
         stalls = [turn["stall"] for turn in turns if "stall" in turn]
         row.append(spread(stalls, 3) if stalls else "-")
         row.append(f"{statistics.median(stalls) / statistics.median(sync):.1%}" if stalls and sync else "-")
+        row.append(spread([turn["lost"] for turn in turns], 2) if stalls else "-")
         loads = [turn["load"] for turn in turns if "load" in turn]
         row += [spread(loads, 2), *_rates(turns, "load", "disk read")] if loads else ["-"] * 3
         table.append([*row, f"{max(turn['peak'] for turn in turns):.2f}"])
@@ -369,6 +374,8 @@ def main() -> int:
     for what, of in (("write", [t for t in disk if "save" in t]), ("read", [t for t in disk if "load" in t])):
         rates = [turn["bytes"] / turn[f"disk {what}"] / 1e9 for turn in of]
         print(f"- the disk's own sequential {what}: {spread(rates, 2) if rates else '-'} GB/s")
+    if steps := [turn["computing"] for turn in disk if "computing" in turn]:
+        print(f"- a step of the computing, alone: {spread(steps, 2)} s")
     for turns in filter(None, [results.get("reshard")]):
         rates = spread([turn["bytes"] / turn["save"] / 1e9 for turn in turns], 2)
         both = spread([100 * (turn["disk write"] + turn["disk read"]) / turn["save"] for turn in turns], 0)

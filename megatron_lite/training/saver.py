@@ -1,4 +1,4 @@
-"""Saving beside training: the step waits for a copy in host memory, a thread does the rest."""
+"""Saving beside training: a thread copies the state to host memory and writes; the next update waits for the copy."""
 
 import logging
 import socket
@@ -27,12 +27,44 @@ class RankLost(CheckpointError):
     """Another rank died during a save, or could not be reached; those that are left raise it, each by itself."""
 
 
+class _Copying:
+    """The state's way to host memory, in one thread, while training's goes on as far as its next update.
+
+    Attributes:
+        pieces: whose data are there once it is done.
+        waited: seconds for which training's thread was kept, by the save and by the update that had to wait for this.
+    """
+
+    def __init__(self, pieces: list[Piece], copy: Callable[[], None]) -> None:
+        self.pieces, self.waited = pieces, 0.0
+        self._copy, self._lock, self._done = copy, threading.Lock(), threading.Event()
+        self._waits_since: float | None = None
+
+    def run(self) -> None:
+        """Copies. Whether or not it can be done, no update waits any longer, and `waited` stays as it is."""
+        try:
+            self._copy()
+        finally:
+            with self._lock:
+                self._done.set()
+                if self._waits_since is not None:
+                    self.waited += time.perf_counter() - self._waits_since
+
+    def wait(self) -> None:
+        """Returns when what was copied may change."""
+        with self._lock:
+            if not self._done.is_set():
+                self._waits_since = time.perf_counter()
+        self._done.wait()
+
+
 class Saver:
     """Saves checkpoints into a run's output folder, in the background where `checkpoint.async_save` is set.
 
     All methods but `failed` are for every rank together. The thread's ranks agree in a gloo group of their own, so
     that nothing of a save can meet training's collectives. One save runs at a time: the next one, the end of the
-    `with` block and an error wait for it.
+    `with` block and an error wait for it. What is saved is the state at the call, also of an update that comes before
+    the copy is done: only the optimizer's step changes masters and moments, and it waits.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -41,7 +73,9 @@ class Saver:
         self._host = HostCopy()
         self._fits: bool | None = None
         self._thread: threading.Thread | None = None
+        self._copying: _Copying | None = None
         self._error: BaseException | None = None
+        self._hook = engine.optimizer.register_step_pre_hook(self._before_update)
 
     def __enter__(self) -> "Saver":
         return self
@@ -56,6 +90,7 @@ class Saver:
                 raise
             logger.error("%s", own)  # what ended the run is said by the other
         finally:
+            self._hook.remove()
             self._host.close()
 
     @property
@@ -72,7 +107,7 @@ class Saver:
         """
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
+            self._thread = self._copying = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -95,31 +130,38 @@ class Saver:
             self._fits = config.checkpoint.async_save and self._has_room(pieces)
         if not full:
             pieces = [piece for piece in pieces if piece.kind == "weight"]
-        background = False
-        if self._fits and not last and (copies := self._copied(pieces)) is not None:
-            pieces, background = copies, True
+        copying = self._begun(pieces) if self._fits and not last else None
+        if copying is not None:
+            pieces = copying.pieces
         metadata, step = metadata_of(self._engine, progress), progress.step  # it moves on meanwhile
-        mesh, output, waited = self._engine.mesh, Path(config.train.output_dir), 0.0
+        mesh, output = self._engine.mesh, Path(config.train.output_dir)
 
         def write(folder: str, what: list[Piece], keep: int = 0) -> None:
             world: dict[str, Any] = {"rank": mesh.rank, "world_size": mesh.world_size, "gather": self._gather}
             path = save(output / folder, step, what, metadata, **world, keep=keep)
             if mesh.rank == 0:
-                stall = f", training waited {waited:.1f} s" if background else ""
+                stall = "" if copying is None else f", training waited {copying.waited:.2f} s"
                 logger.info("step %d | saved %s in %.1f s%s", step, path, time.perf_counter() - begin, stall)
 
         def work() -> None:
+            if copying is not None:
+                self._copy(copying, step)
             if full:
                 write(FOLDER, pieces, config.checkpoint.keep)
             if weights:
                 write(WEIGHTS_FOLDER, self._in_weights_precision(pieces))
 
-        if not background:
+        if copying is None:
             work()
             return
-        waited = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._run, args=(work,), name="saver")
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(work,), name="saver")
+        copying.waited = time.perf_counter() - begin
+        thread.start()
+        self._thread, self._copying = thread, copying
+
+    def _before_update(self, *_: object) -> None:
+        if self._copying is not None:
+            self._copying.wait()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -137,20 +179,38 @@ class Saver:
                 "its own message; earlier checkpoints are as they were, and the same command goes on from the newest"
             ) from error
 
-    def _copied(self, pieces: list[Piece]) -> list[Piece] | None:
-        """The pieces, copied to host memory; None on every rank where it was refused to any. Collective."""
-        copies, fault = None, None
+    def _begun(self, pieces: list[Piece]) -> _Copying | None:
+        """Memory for a copy of the pieces; None on every rank where it was refused to any. Collective."""
+        copying, fault = None, None
         try:
-            copies = self._host.take(pieces)
+            copying = _Copying(*self._host.begin(pieces))
         except (MemoryError, OSError, RuntimeError) as error:  # torch raises the last
-            fault = f"{self._engine.mesh.describe()}: {str(error) or type(error).__name__}"
+            fault = self._fault(error)
         faults = [fault for fault in self._gather(fault) if fault is not None]
         if faults and self._engine.mesh.rank == 0:
             logger.warning(
                 "checkpoint.async_save: there is no memory for a copy of the state (%s): training waits for this save",
                 faults[0],
             )
-        return None if faults else copies
+        return None if faults else copying
+
+    def _copy(self, copying: _Copying, step: int) -> None:
+        """Copies, and takes the longest time that any rank's training waited for all. Collective."""
+        fault, cause = None, None
+        try:
+            copying.run()
+        except Exception as error:  # whatever it is, the other ranks are waiting for word of it
+            fault, cause = self._fault(error), error
+        reports = self._gather((copying.waited, fault))
+        if faults := [fault for _, fault in reports if fault is not None]:
+            raise CheckpointError(
+                f"step {step} was not saved: copying the state to host memory: {faults[0]}; "
+                "earlier checkpoints are as they were"
+            ) from cause
+        copying.waited = max(waited for waited, _ in reports)
+
+    def _fault(self, error: Exception) -> str:
+        return f"{self._engine.mesh.describe()}: {str(error) or type(error).__name__}"
 
     def _in_weights_precision(self, pieces: Iterable[Piece]) -> list[Piece]:
         dtype = DTYPES[self._engine.config.checkpoint.weights_precision]

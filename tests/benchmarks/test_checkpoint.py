@@ -24,5 +24,7 @@ def test_the_table_has_a_row_for_each_side(tmp_path: Path) -> None:
     assert re.search(r"- reshard: \d.* s, .* GB/s, peak 0\.\d\d GiB; .* %", done.stdout), done.stdout
     assert all(len(row) == len(rows[0]) for row in rows), rows
     assert [row[5] == "-" for row in rows[2:]] == [True, False, True], "who stalls"
-    assert [row[7] == "-" for row in rows[2:]] == [False, True, False], "who loads"
+    assert [row[7] == "-" for row in rows[2:]] == [True, False, True], "whose computing is measured"
+    assert [row[8] == "-" for row in rows[2:]] == [False, True, False], "who loads"
+    assert "- a step of the computing, alone: " in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint import Deferred, HostCopy, Piece, available_bytes
+from tests.distributed import run_ranks
 
 
 def some_pieces(scale):
@@ -18,10 +20,19 @@ def some_pieces(scale):
     return [Piece(f"p{at}", "weight", (len(t),), None, 0, 0, at, t) for at, t in enumerate(tensors)]
 
 
+def copied(host, pieces):
+    """As a save does it: the memory here, the copying in another thread."""
+    copies, copy = host.begin(pieces)
+    thread = threading.Thread(target=copy)
+    thread.start()
+    thread.join()
+    return copies
+
+
 def test_a_copy_is_the_same_and_stays_so():
     host, pieces = HostCopy(), some_pieces(1)
     for _ in range(2):
-        copies = host.take(pieces)
+        copies = copied(host, pieces)
         where = [copy.data.data_ptr() for copy in copies]
         for piece, copy in zip(pieces, copies, strict=True):
             assert (copy.name, copy.flat_start) == (piece.name, piece.flat_start)
@@ -29,22 +40,49 @@ def test_a_copy_is_the_same_and_stays_so():
             expected = piece.data.clone()
             piece.data.add_(1)
             assert torch.equal(copy.data, expected)
-    again = host.take(some_pieces(2)[:4])
+    again = copied(host, some_pieces(2)[:4])
     assert [copy.data.data_ptr() for copy in again] == where[:4], "memory is kept"
-    host.take([*pieces, Piece.whole("large", "weight", torch.ones(100_000))])
+    *_, large = copied(host, [*pieces, Piece.whole("large", "weight", torch.ones(100_000))])
+    assert large.data.sum() == 100_000
+
+
+def threads_of_a_copy():
+    """How many threads this process has, before the copying and at its end, where torch may use four."""
+    torch.set_num_threads(4)
+    _, copy = HostCopy().begin([Piece.whole("p", "weight", torch.ones(1_000_000))])
+    found = [len(os.listdir("/proc/self/task"))]
+    thread = threading.Thread(target=lambda: (copy(), found.append(len(os.listdir("/proc/self/task")))))
+    thread.start()
+    thread.join()
+    return found
+
+
+def test_copying_is_of_one_thread():
+    """Another OpenMP team would compete with training's for the cores."""
+    ((before, beside),) = run_ranks(1, threads_of_a_copy)
+    assert beside == before + 1
+
+
+def test_memory_that_is_refused_is_refused_before_the_copying(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        HostCopy().begin(some_pieces(1))
 
 
 def test_pieces_of_odd_sizes_are_aligned():
     sizes = [(torch.uint8, 3), (torch.float32, 5), (torch.bfloat16, 1), (torch.int64, 2), (torch.uint8, 65)]
     tensors = [torch.arange(size, dtype=dtype) for dtype, size in [*sizes, (torch.float32, 1)]]
     pieces = [Piece.whole(f"p{at}", "weight", tensor) for at, tensor in enumerate(tensors)]
-    for piece, copy in zip(pieces, HostCopy().take(pieces), strict=True):
+    for piece, copy in zip(pieces, copied(HostCopy(), pieces), strict=True):
         assert torch.equal(copy.data, piece.data) and copy.data.data_ptr() % 64 == 0
 
 
 def test_memory_stays_the_same_after_a_fork():
     """What the child writes would not be seen in a private page, and neither would what a GPU writes."""
-    (copy,) = HostCopy().take([Piece.whole("p", "weight", torch.zeros(3))])
+    (copy,) = copied(HostCopy(), [Piece.whole("p", "weight", torch.zeros(3))])
     if (child := os.fork()) == 0:
         try:
             copy.data.fill_(1)
@@ -67,7 +105,8 @@ def test_page_locks_that_are_refused_are_asked_for_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=refuse))
     monkeypatch.setattr(torch, "zeros", blamed)
     for size in (100, 100, 50, 200, 200):
-        host._reserve(size, locked=True)
+        host._reserve(size)
+        host._lock()
     assert asked == [100, 200], "again only for other memory"
     host.close()
 
@@ -75,18 +114,28 @@ def test_page_locks_that_are_refused_are_asked_for_once(monkeypatch):
 def test_a_deferred_tensor_has_no_copy():
     deferred = Deferred(torch.float32, (3,), lambda: torch.ones(3))
     with pytest.raises(AssertionError, match="made in its turn"):
-        HostCopy().take([Piece("p", "weight", (3,), None, 0, 0, 0, deferred)])
+        HostCopy().begin([Piece("p", "weight", (3,), None, 0, 0, 0, deferred)])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_from_a_gpu():
-    host = HostCopy()
-    for scale in (1, 2):
-        pieces = [replace(piece, data=piece.data.cuda()) for piece in some_pieces(scale)]
-        for piece, copy in zip(pieces, host.take(pieces), strict=True):
-            assert copy.data.device.type == "cpu" and torch.equal(copy.data, piece.data.cpu())
-    assert host._locked
-    host.close()
+    """What the caller's stream has still to do is in the copy; pieces that are not on the GPU are copied, too."""
+    host, last = HostCopy(), torch.cuda.device_count() - 1
+    with torch.cuda.device(last):  # not a new thread's, where there are two
+        for scale in (1, 2):
+            pieces = [replace(piece, data=piece.data.cuda()) for piece in some_pieces(scale)]
+            pieces.append(Piece.whole("on the host", "exp_avg", torch.zeros(3)))
+            expected = [(piece.data + 1).cpu() for piece in pieces]
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda._sleep(200_000_000)
+                for piece in pieces:
+                    piece.data.add_(1)
+                copies = copied(host, pieces)
+            for data, copy in zip(expected, copies, strict=True):
+                assert copy.data.device.type == "cpu" and torch.equal(copy.data, data)
+        assert host._locked
+        host.close()
 
 
 GIB = 1 << 30
