@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 # A room imports rooms of lower levels only.
 LEVELS = {
+    "command": 0,
     "config": 0,
     "tokenizers": 1,
     "data": 1,
@@ -53,7 +54,7 @@ DOORS = {
     "megatron_lite.ops._kernels": ("megatron_lite/ops",),
 }
 # These start without torch, and so do the tools over them.
-TORCH_FREE = ("config", "tokenizers", "data", "corpus")
+TORCH_FREE = ("command", "config", "tokenizers", "data", "corpus")
 
 # The launcher tells a process who it is through the environment; everything else is told by the config.
 READS_ENVIRONMENT = ("megatron_lite/parallel/launch.py", "pretrain_gpt.py")

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_lite.command import command
 from megatron_lite.data.audit import audit, describe, write_list
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -22,16 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--list", metavar="FILE.tsv", help="write every document of which anything was consumed"
     )
     options = parser.parse_args(arguments)
-    try:
-        step, sources = audit(options.checkpoint)
-        print(f"step {step}, {sum(source.samples for source in sources):,} samples")
-        for source in sources:
-            print(describe(source))
-        if options.list:
-            write_list(options.list, sources)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    step, sources = audit(options.checkpoint)
+    print(f"step {step}, {sum(source.samples for source in sources):,} samples")
+    for source in sources:
+        print(describe(source))
+    if options.list:
+        write_list(options.list, sources)
     return 0
 
 

@@ -14,11 +14,13 @@ import argparse
 import logging
 import sys
 
+from megatron_lite.command import command
 from megatron_lite.config import load_config
 from megatron_lite.data.audit import read_checkpoint
 from megatron_lite.data.build import build_run
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -39,9 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
             read_checkpoint(options.resume)[2] if options.resume else {"step": 0, "consumed_samples": 0}
         )
         data = build_run(config, progress["step"], progress["consumed_samples"], progress.get("data"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         log.removeHandler(handler)
         log.setLevel(level)

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 
+from megatron_lite.command import command
 from megatron_lite.corpus.cleaning import CleaningSettings, clean_corpus, load_settings
 from megatron_lite.corpus.files import (
     CorpusError,
@@ -27,27 +28,21 @@ from megatron_lite.corpus.files import (
 from megatron_lite.corpus.workers import one_interrupt
 
 
+@command("nothing was written")
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error("--workers is at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        settings = load_settings(options.settings) if options.settings else CleaningSettings()
-        if options.print_settings:
-            print(settings.model_dump_json(indent=2))
-            return 0
-        if not options.input or not options.output:
-            parser.error("--input and --output are needed")
-        with one_interrupt():
-            return run(options, settings)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    settings = load_settings(options.settings) if options.settings else CleaningSettings()
+    if options.print_settings:
+        print(settings.model_dump_json(indent=2))
+        return 0
+    if not options.input or not options.output:
+        parser.error("--input and --output are needed")
+    with one_interrupt():
+        return run(options, settings)
 
 
 def run(options: argparse.Namespace, settings: CleaningSettings) -> int:

@@ -41,6 +41,7 @@ from megatron_lite.checkpoint.huggingface import (
 )
 from megatron_lite.checkpoint.merge import merge
 from megatron_lite.checkpoint.reshard import count_files, reshard
+from megatron_lite.command import command
 from megatron_lite.config import load_config
 
 _SOURCES = {
@@ -62,19 +63,13 @@ _APPLIES = {
 }
 
 
+@command("the conversion is not done")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        source = source_of(options.load)
-        check_options(options, source)
-        with held(options.save):
-            convert(options, source)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: {options.save} is not done", file=sys.stderr)
-        return 130
+    source = source_of(options.load)
+    check_options(options, source)
+    with held(options.save):
+        convert(options, source)
     return 0
 
 

@@ -14,10 +14,12 @@ import logging
 import sys
 from typing import Any
 
+from megatron_lite.command import command
 from megatron_lite.corpus.dedup import Decontaminate, Exact, Lines, MinHash, Substrings, dedup_corpus
 from megatron_lite.corpus.workers import one_interrupt
 
 
+@command("nothing is written")
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -26,24 +28,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give at least one rule: --exact, --lines, --substrings, --minhash or --decontaminate")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = options.report or f"{options.output}.report.json"
-    try:
-        with one_interrupt():
-            report = dedup_corpus(
-                options.input,
-                options.output,
-                rules,
-                text_key=options.text_key,
-                workers=options.workers,
-                memory=options.memory << 20,
-                on_error=options.on_error,
-                report=path,
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing is written", file=sys.stderr)
-        return 130
+    with one_interrupt():
+        report = dedup_corpus(
+            options.input,
+            options.output,
+            rules,
+            text_key=options.text_key,
+            workers=options.workers,
+            memory=options.memory << 20,
+            on_error=options.on_error,
+            report=path,
+        )
     _print(report)
     print(f"report: {path}")
     return 3 if report["documents"]["rejected"] else 0

@@ -17,6 +17,7 @@ import math
 import sys
 
 from megatron_lite.checkpoint import Reader, resolve
+from megatron_lite.command import command
 from megatron_lite.config import Config, DataConfig
 from megatron_lite.config.sections import prefixes
 from megatron_lite.data.build import build_dataset
@@ -30,6 +31,7 @@ from megatron_lite.parallel.launch import choose_device, detect_launch
 from megatron_lite.tokenizers import Tokenizer
 
 
+@command()
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,15 +53,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the one trained in")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        if options.steps is not None and options.steps < 1:
-            raise ValueError(f"--steps {options.steps}: at least 1")
-        print(evaluate(options))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if options.steps is not None and options.steps < 1:
+        raise ValueError(f"--steps {options.steps}: at least 1")
+    print(evaluate(options))
     return 0
 
 

@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -38,12 +37,14 @@ from megatron_lite.checkpoint.diff import (
     open_two,
 )
 from megatron_lite.checkpoint.latest import step_folders
+from megatron_lite.command import command
 
 _BLOCK = re.compile(r"(.*?\b\d+)\.(.+)")
 # Metadata with lines of their own, or pages long (index.json has them).
 _SHOWN_APART = ("progress", "layout", "config", "huggingface")
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,29 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with this one")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(arguments)
-    try:
-        if options.diff is not None:
-            status = diff(options)
-            sys.stdout.flush()
-            return status
-        tensors = open_one(options.path)
-        if options.verify:
-            verify(tensors, options.path)
-        found = describe(tensors, options.path, options.norms)
-        if options.json:
-            print(json.dumps(found | ({"verified": True} if options.verify else {}), indent=2))
-        else:
-            print("\n".join(text_of(found, options.verify)))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        # Or Python would say it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if options.diff is not None:
+        return diff(options)
+    tensors = open_one(options.path)
+    if options.verify:
+        verify(tensors, options.path)
+    found = describe(tensors, options.path, options.norms)
+    if options.json:
+        print(json.dumps(found | ({"verified": True} if options.verify else {}), indent=2))
+    else:
+        print("\n".join(text_of(found, options.verify)))
     return 0
 
 

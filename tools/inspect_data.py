@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_lite.command import command
 from megatron_lite.config import DataConfig
 from megatron_lite.data import IndexedDataset, SampleDataset, Sidecar, build_datasets
 from megatron_lite.data.audit import audit, describe
@@ -36,6 +37,7 @@ SHOWN_IDS = 16
 SHOWN_CHARACTERS = 200
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
@@ -43,11 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("samples need --seq-length")
     if any(value is not None and value < 1 for value in (options.seq_length, options.num_samples)):
         parser.error("--seq-length and --num-samples are at least 1")
-    try:
-        inspect(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    inspect(options)
     return 0
 
 

@@ -13,9 +13,11 @@ import logging
 import sys
 from fractions import Fraction
 
+from megatron_lite.command import command
 from megatron_lite.data.merge import merge_datasets
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,16 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.documents_per_part is not None and options.documents_per_part < 1:
         parser.error("--documents-per-part is at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        merged = merge_datasets(
-            options.input,
-            options.output_prefix,
-            shares=None if options.split is None else parse_shares(options.split),
-            documents_per_part=options.documents_per_part,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    merged = merge_datasets(
+        options.input,
+        options.output_prefix,
+        shares=None if options.split is None else parse_shares(options.split),
+        documents_per_part=options.documents_per_part,
+    )
     for prefix, documents, sequences, tokens in merged:
         print(f"{prefix}: documents {documents:,}, sequences {sequences:,}, tokens {tokens:,}")
     return 0

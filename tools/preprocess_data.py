@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 
+from megatron_lite.command import command
 from megatron_lite.corpus import EncodeSettings, EncodeStats, Progress, Shard, encode_corpus, join_shards
 from megatron_lite.corpus.shards import WHOLE
 from megatron_lite.corpus.workers import one_interrupt
@@ -42,34 +43,28 @@ _IDLE = {
 }
 
 
+@command("the same command goes on from here (--restart starts anew)")
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     check(parser, options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if options.join:
-            for merged in join_shards(options.output_prefix):
-                print(f"{merged.prefix}: documents {merged.documents:,}, tokens {merged.tokens:,}")
-            return 0
-        with one_interrupt():
-            stats = encode_corpus(
-                options.input,
-                options.output_prefix,
-                settings_of(options),
-                workers=options.workers,
-                on_error=options.on_error,
-                max_documents=options.max_documents,
-                shard=options.shard,
-                restart=options.restart,
-                progress=Progress(options.log_interval),
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here (--restart starts anew)", file=sys.stderr)
-        return 130
+    if options.join:
+        for merged in join_shards(options.output_prefix):
+            print(f"{merged.prefix}: documents {merged.documents:,}, tokens {merged.tokens:,}")
+        return 0
+    with one_interrupt():
+        stats = encode_corpus(
+            options.input,
+            options.output_prefix,
+            settings_of(options),
+            workers=options.workers,
+            on_error=options.on_error,
+            max_documents=options.max_documents,
+            shard=options.shard,
+            restart=options.restart,
+            progress=Progress(options.log_interval),
+        )
     report(
         stats, options.shard.of(options.output_prefix), "sentence" if options.split_sentences else "document"
     )

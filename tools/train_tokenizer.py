@@ -14,6 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
+from megatron_lite.command import command
 from megatron_lite.corpus.files import check_output, expand_inputs, refuse_overwriting
 from megatron_lite.corpus.held_out import TrainingTexts, first_samples
 from megatron_lite.corpus.workers import one_interrupt, worker_processes
@@ -24,6 +25,7 @@ from megatron_lite.tokenizers.train import KINDS, Trained, check_settings, train
 from megatron_lite.tokenizers.train_sentencepiece import LINES
 
 
+@command("nothing was written")
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -32,15 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.kind is None and not options.compare:
         parser.error("nothing to do: give --kind to train, --compare to measure, or both")
     _log()
-    try:
-        with one_interrupt():
-            return run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    with one_interrupt():
+        return run(options)
 
 
 def run(options: argparse.Namespace) -> int:

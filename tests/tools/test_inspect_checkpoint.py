@@ -129,12 +129,15 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     """As `inspect_checkpoint.py … | head -1`, of more than a pipe takes."""
     pieces = [Piece.whole(f"p{at}.weight", "weight", torch.ones(2)) for at in range(3000)]
     step = save(tmp_path, 1, pieces, {})
-    for more in ("", f"--diff {tmp_path}"):
+    other = save(tmp_path, 2, [Piece.whole(piece.name, "weight", -piece.data) for piece in pieces], {})
+    for more in ("", f"--diff {other}"):
         command = (
             f"{sys.executable} -m tools.inspect_checkpoint {step} {more} | head -1; exit ${{PIPESTATUS[0]}}"
         )
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-        assert (done.returncode, done.stderr) == (0, ""), more
+        assert (done.returncode, done.stderr) == (141, ""), (
+            "which is not that of a diff in which nothing differs"
+        )
         assert len(done.stdout.splitlines()) == 1
 
 
@@ -147,7 +150,7 @@ def test_ctrl_c_is_quiet(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tools.convert_checkpoint.merge", interrupt)
     assert main([str(step)]) == 130
     assert convert(["--load", str(step), "--save", str(tmp_path / "out"), "--to", "safetensors"]) == 130
-    assert "out is not done" in capsys.readouterr().err
+    assert "interrupted: the conversion is not done" in capsys.readouterr().err
 
 
 def test_equal_checkpoints(tmp_path, capsys):
