@@ -36,13 +36,18 @@ from megatron_lite.checkpoint.huggingface import (
     ARCHITECTURES,
     EXPORT_DTYPES,
     check_export,
+    check_free,
     export_huggingface,
     import_huggingface,
+    model_config,
+    to_huggingface,
 )
 from megatron_lite.checkpoint.merge import merge
 from megatron_lite.checkpoint.reshard import count_files, reshard
+from megatron_lite.checkpoint.store import check_unused
 from megatron_lite.command import command
 from megatron_lite.config import load_config
+from megatron_lite.tokenizers import load_tokenizer
 
 _SOURCES = {
     "own": "a checkpoint of ours",
@@ -63,7 +68,7 @@ _APPLIES = {
 }
 
 
-@command("the conversion is not done")
+@command("the conversion is not done, or was not checked")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     source = source_of(options.load)
@@ -93,7 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="do not verify what is read, nor read back what is written",
     )
-    parser.add_argument("--dtype", choices=tuple(EXPORT_DTYPES), help="of the weights; as they are stored")
+    parser.add_argument("--dtype", choices=tuple(EXPORT_DTYPES), help="of the weights (as they are stored)")
     parser.add_argument("--shard-gb", type=float, metavar="GB", help="most of it in one file (5)")
     parser.add_argument("--weights-only", action="store_true", help="leave the optimizer state out")
     parser.add_argument(
@@ -148,6 +153,9 @@ def check_options(options: argparse.Namespace, source: str) -> None:
                 else ""
             )
             raise CheckpointError(f"--{name.replace('_', '-')} has no effect with {action}{remedy}")
+    if options.to == "megatron_lite" and options.dtype in ("bf16", "fp16") and not options.weights_only:
+        fault = f"--dtype {options.dtype} rounds the fp32 weights that training goes on from"
+        raise CheckpointError(f"{fault}; give --weights-only, too")
     if options.shard_gb is not None and (
         not options.shard_gb >= 1e-6 or options.tensor or options.pipeline or options.data
     ):
@@ -190,7 +198,7 @@ def held(folder: Path) -> Iterator[None]:
 
 def convert(options: argparse.Namespace, source: str) -> None:
     if options.to == "hf":
-        to_huggingface(options)
+        export(options)
     elif options.to == "safetensors":
         to_safetensors(options)
     elif source == "hugging_face":
@@ -206,7 +214,8 @@ def file_bytes(options: argparse.Namespace) -> int:
 
 
 def verified(options: argparse.Namespace) -> Path:
-    """The step folder of ours that --load means, what is taken from it read through."""
+    """The step folder of ours that --load means, what is taken from it read through; before, that --save is free."""
+    (check_unused if options.to == "megatron_lite" else check_free)(options.save)
     if options.no_check:
         return resolve(options.load)
     weights = options.to != "megatron_lite" or options.weights_only
@@ -257,7 +266,12 @@ def from_foreign(options: argparse.Namespace) -> None:
     print(f"start a run from it with {settings}")
 
 
-def to_huggingface(options: argparse.Namespace) -> None:
+def export(options: argparse.Namespace) -> None:
+    # What is wrong with the options is told before gigabytes are read.
+    if options.tokenizer is not None:
+        load_tokenizer(options.tokenizer)
+    with Reader(resolve(options.load)) as reader:
+        to_huggingface(model_config(reader), "float32", family=options.family)
     source = verified(options)
     exported = export_huggingface(
         source,

@@ -101,8 +101,7 @@ def save_files(target: Path, step: int, files: list[list[Piece]], metadata: dict
     directory = target / "checkpoints"
     final = directory / f"step_{step:08d}"
     temporary = final.with_name(final.name + ".tmp")
-    if directory.is_dir() and step_folders(directory):
-        raise CheckpointError(f"{directory} holds checkpoints already; give another folder")
+    check_unused(target)
     size = sum(piece.data.numel() * piece.data.dtype.itemsize for pieces in files for piece in pieces)
     _prepare(temporary, metadata)
     try:
@@ -118,6 +117,13 @@ def save_files(target: Path, step: int, files: list[list[Piece]], metadata: dict
             directory.rmdir()
         raise
     return final
+
+
+def check_unused(target: Path) -> None:
+    """Raise CheckpointError where `target`/checkpoints holds checkpoints."""
+    directory = target / "checkpoints"
+    if directory.is_dir() and step_folders(directory):
+        raise CheckpointError(f"{directory} holds checkpoints already; give another folder")
 
 
 def _prepare(temporary: Path, metadata: dict[str, Any]) -> None:

@@ -151,6 +151,8 @@ def test_import_of_another_system(tmp_path, capsys):
     assert "weights only: exp_avg of decoder.final_layernorm.weight (8 of 8 parameters) is not there" in said
     begin = "--set data.train=PREFIX --set data.tokenizer=SPEC --set train.steps=N"
     assert said.endswith(f"start a run from it with --config {tmp_path / 'out' / 'config.json'} {begin}\n")
+    assert convert(tmp_path / "out", "hf", tmp_path / "hf", "--no-check") == 0
+    assert "none: the run had no data.tokenizer; --tokenizer SPEC names one" in capsys.readouterr().out
     config = load_config(tmp_path / "out" / "config.json", ["data.train=x", "data.tokenizer=byte"])
     assert config.checkpoint.load == str(tmp_path / "out") and config.checkpoint.weights_only
     assert convert(tmp_path / "megatron", "megatron_lite", tmp_path / "out") == 2
@@ -200,6 +202,25 @@ def test_options_without_effect_are_errors(run, tmp_path, capsys, to, flags, say
     assert convert(run, to, tmp_path / "out", *flags) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "flags", "says"),
+    [
+        ("hf", ["--tokenizer", "hf:/none"], "/none: cannot be read"),
+        ("hf", ["--family", "llama"], "cannot be exported as llama, only as gpt2"),
+        ("hf", [], "out holds safetensors files already; give an empty folder"),
+        ("safetensors", [], "out holds safetensors files already; give an empty folder"),
+        ("megatron_lite", [], "checkpoints holds checkpoints already; give another folder"),
+        ("megatron_lite", ["--dtype", "bf16"], "that training goes on from; give --weights-only, too"),
+    ],
+)
+def test_what_is_wrong_is_said_before_all_is_read(run, tmp_path, capsys, monkeypatch, to, flags, says):
+    if not flags:
+        assert convert(run, to, tmp_path / "out", "--no-check") == 0
+    monkeypatch.setattr(Reader, "verify", lambda *_, **__: pytest.fail("hours may be gone by now"))
+    assert convert(run, to, tmp_path / "out", *flags) == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

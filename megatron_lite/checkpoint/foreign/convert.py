@@ -101,7 +101,7 @@ def import_foreign(
     else:
         raise CheckpointError(f"{source} does not say how its model is made; give that with --config FILE")
     plan = _plan(model, opened, theirs, args)
-    lost = "weights only were asked for" if weights_only else _why_no_state(opened, theirs)
+    lost = "as asked for" if weights_only else _why_no_state(opened, theirs)
     kinds = ("weight",) if lost else KINDS
     pieces = [_piece(rule, kind, opened, master=not lost) for rule in plan for kind in kinds]
     step = int(opened.common.get("iteration") or opened.common.get("global_steps") or 0)

@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.huggingface.config import ARCHITECTURES, from_hugg
 from megatron_lite.checkpoint.huggingface.exporting import (
     EXPORT_DTYPES,
     Exported,
+    check_free,
     export_huggingface,
     model_config,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Rule",
     "build_model",
     "check_export",
+    "check_free",
     "check_round_trip",
     "compare_logits",
     "export_huggingface",

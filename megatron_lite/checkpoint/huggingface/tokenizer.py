@@ -80,7 +80,7 @@ def export_tokenizer(reader: Reader, given: str | None, target: Path, model: Mod
     """
     spec = given or tokenizer_spec(reader)
     if spec is None:
-        return Tokens("none: the run had no data.tokenizer", {})
+        return Tokens("none: the run had no data.tokenizer; --tokenizer SPEC names one", {})
     try:
         tokenizer = load_fitting(spec, model)
     except TokenizerError as error:
