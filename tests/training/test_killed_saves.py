@@ -7,7 +7,9 @@ import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -74,14 +76,23 @@ def check_weights(output: Path) -> int:
 
 
 class Numbers:
-    """Stands for an engine: all of its state is the number of its step, and each rank holds a part of it."""
+    """Stands for an engine and its optimizer: all of its state is the number of its step, of which each rank holds a
+    part.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.mesh = config, Mesh(dist.get_rank(), tensor_size=dist.get_world_size())
         self.start, self.stop = self.mesh.shard(SHAPE[0])
         self.data = {kind: torch.zeros(SHAPE[1] * SHAPE[2] * (self.stop - self.start)) for kind in KINDS}
+        self.optimizer, self.hooks = self, list[Callable[[], None]]()
+
+    def register_step_pre_hook(self, hook: Callable[[], None]) -> Any:
+        self.hooks.append(hook)
+        return SimpleNamespace(remove=self.hooks.clear)
 
     def train_step(self, step: int) -> None:
+        for hook in self.hooks:
+            hook()
         for data in self.data.values():
             data.fill_(step)
 
