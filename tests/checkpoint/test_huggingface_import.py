@@ -10,6 +10,7 @@ from megatron_lite.config import load_config
 from megatron_lite.tokenizers import load_tokenizer
 from megatron_lite.training.saving import TOKENIZER
 from tests.checkpoint.huggingface_models import ours
+from tests.checkpoint.test_killed_exports import gpt2_files
 
 
 def imported(folder, spec, *gone):
@@ -20,13 +21,6 @@ def imported(folder, spec, *gone):
         (folder / "hf" / name).unlink()
     with Reader(import_huggingface(folder / "hf", folder / "back")) as reader:
         return reader.metadata, load_config(folder / "back" / "config.json")
-
-
-def gpt2_files(folder):
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
-    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
-    return f"gpt2:{folder}"
 
 
 @pytest.mark.parametrize("kind", ["hf", "gpt2", "sentencepiece"])

@@ -115,12 +115,17 @@ def test_killed_anywhere(tmp_path: Path, kind: str, size: int, before: str) -> N
     assert contents(target) == whole[size] and at > 12
 
 
+def gpt2_files(folder: Path) -> str:
+    """The specification of a tokenizer of few ids, in GPT-2's pair of files."""
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    return f"gpt2:{folder}"
+
+
 def test_killed_anywhere_no_half_of_a_tokenizer_is_left(tmp_path: Path) -> None:
-    pair = tmp_path / "gpt2"
-    pair.mkdir()
-    (pair / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
-    (pair / "merges.txt").write_text("#version: 0.2\na b\n")
-    export = partial(export_huggingface, save_model(tmp_path / "run", "llama"), tokenizer=f"gpt2:{pair}")
+    spec = gpt2_files(tmp_path / "gpt2")
+    export = partial(export_huggingface, save_model(tmp_path / "run", "llama"), tokenizer=spec)
     export(tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     assert {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"} < whole.keys()
@@ -131,6 +136,7 @@ def test_killed_anywhere_no_half_of_a_tokenizer_is_left(tmp_path: Path) -> None:
         found = contents(target)
         own = [name for name in found if not name.endswith(".tmp") and name in whole]
         assert all(found[name] == whole[name] for name in own), "a file under its own name is not whole"
+        assert not own or "model.safetensors" in own, "a tokenizer is there without a model"
         export(target)
         assert contents(target) == whole
     assert contents(target) == whole and at > 24
@@ -152,8 +158,12 @@ def test_no_weights_of_others_are_replaced(tmp_path: Path) -> None:
         merge(source, target)
 
 
-def test_a_failed_export_leaves_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     source, write, calls = save_model(tmp_path / "run"), exporting.write_safetensors, []
+    call, argument, _ = KINDS[kind]
+    if kind == "export":
+        call = partial(call, tokenizer=gpt2_files(tmp_path / "gpt2"))
 
     def full(path: Path, *args: Any) -> Any:
         calls.append(path)
@@ -164,7 +174,7 @@ def test_a_failed_export_leaves_no_weights(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(exporting, "write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
-        merge(source, tmp_path / "target", file_bytes=16000)
+        call(source, tmp_path / "target", **{argument: 16000})
     assert len(calls) == 3 and contents(tmp_path / "target") == {}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,7 +81,6 @@ def export_huggingface(
             family = "mistral"
         config = to_huggingface(model, str(stored).removeprefix("torch."), family=family, token_ids=ids)
         tensors = _tensors(reader, model, dtype)
-        target.mkdir(parents=True, exist_ok=True)
         written = export_tokenizer(reader, tokenizer, target, model)
         config |= {key: value for key, value in written.ids.items() if config.get(key) is None}
         generation = imported.get("generation_config")
@@ -88,7 +88,7 @@ def export_huggingface(
             tokens = ("bos_token_id", "eos_token_id")
             generation = {key: config[key] for key in tokens if config[key] is not None}
         described = {GENERATION_CONFIG: generation, CONFIG: config}
-        files = write_weights(target, tensors, shard_bytes, described)
+        files = write_weights(target, tensors, shard_bytes, described, written.files)
     return Exported(model, config, files, written.note)
 
 
@@ -145,13 +145,19 @@ def check_free(target: Path) -> None:
 
 
 def write_weights(
-    target: Path, tensors: dict[str, Deferred], shard_bytes: int, described: dict[str, Any]
+    target: Path,
+    tensors: dict[str, Deferred],
+    shard_bytes: int,
+    described: dict[str, Any],
+    others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> list[str]:
     """Write the shards, their index where they are several, and `described`, JSON by file name; the shards' names.
 
-    Whatever kills it: no weights lie under their own names before all of them are on the disk, the index comes after
-    them, and the last of `described`, without which readers know no model, at the very end. The next export into
-    the folder clears away what is left. Where a tensor cannot be made, or the disk is full, nothing is left.
+    others: files that belong to the model and say nothing of it, by name
+
+    Whatever kills it: no weights lie under their own names before all of them are on the disk, `others` and the index
+    come after them, and the last of `described`, without which readers know no model, at the very end. The next export
+    into the folder clears away what is left. Where a tensor cannot be made, or the disk is full, nothing is left.
     """
     shards, total = _divided(tensors, shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -177,6 +183,8 @@ def write_weights(
     for path in temporary:
         os.replace(path, path.with_suffix(""))
     fsync_directory(target)
+    for name, data in others.items():
+        write_atomically(target / name, data)
     for name, content in described.items():
         _write_json(target / name, content)
     _remove([target / UNFINISHED])

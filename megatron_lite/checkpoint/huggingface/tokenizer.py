@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import write_atomically
 from megatron_lite.checkpoint.huggingface.byte_level import of_bytes, of_tiktoken
 from megatron_lite.checkpoint.huggingface.spm import (
     UNIGRAM,
@@ -41,10 +40,11 @@ _INPUTS = ["input_ids", "attention_mask"]
 
 
 class Tokens(NamedTuple):
-    """A tokenizer that was written: what to say of it, and ids for config.json ("eos_token_id")."""
+    """A tokenizer to be written: what to say of it, ids for config.json ("eos_token_id"), and files by name."""
 
     note: str
     ids: dict[str, int]
+    files: dict[str, bytes]
 
 
 def tokenizer_of(folder: Path) -> str | None:
@@ -73,91 +73,83 @@ def tokenizer_spec(reader: Reader) -> str | None:
 
 
 def export_tokenizer(reader: Reader, given: str | None, target: Path, model: ModelConfig) -> Tokens:
-    """Write the tokenizer `given`, or the checkpoint's own, into `target`.
+    """The tokenizer `given`, or the checkpoint's own, as files of an export into `target`.
 
     Raises CheckpointError where the one given cannot be read, or has ids that the model lacks; of the checkpoint's
     own, whose files may be elsewhere by now, the note says it.
     """
     spec = given or tokenizer_spec(reader)
     if spec is None:
-        return Tokens("none: the run had no data.tokenizer; --tokenizer SPEC names one", {})
+        return Tokens("none: the run had no data.tokenizer; --tokenizer SPEC names one", {}, {})
     try:
         tokenizer = load_fitting(spec, model)
     except TokenizerError as error:
         if given:
             raise CheckpointError(str(error)) from error
-        return Tokens(f"none: {error}", {})
+        return Tokens(f"none: {error}", {}, {})
     try:
-        found = _write(spec, tokenizer, target)
+        files = _files(spec, tokenizer, target)
     except UnknownModel as error:
         fault = f"{spec} has no tokenizer.json that gives its ids: {error}"
         if given:
             raise CheckpointError(f"{fault}; leave --tokenizer out") from error
-        return Tokens(f"none: {fault}; readers have to take the file itself", {})
-    if not found:
+        return Tokens(f"none: {fault}; readers have to take the file itself", {}, {})
+    if not files:
         kind = spec.partition(":")[0]
-        return Tokens(f"none: {kind} tokenizers have no Hugging Face form", {})
-    if SETTINGS not in found:
-        _write_json(target / SETTINGS, _settings(tokenizer, target, found, model))
-        found.append(SETTINGS)
-    note = f"{spec} as {', '.join(found)}"
+        return Tokens(f"none: {kind} tokenizers have no Hugging Face form", {}, {})
+    if SETTINGS not in files:
+        files[SETTINGS] = _json(_settings(tokenizer, files, model))
+    note = f"{spec} as {', '.join(files)}"
     if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.adds_tokens:
         note += "; by itself it puts special tokens around a text, which training here does not"
     if isinstance(tokenizer, SentencePieceTokenizer):
-        note += "".join(f"; {line}" for line in notes_of(read_model((target / SENTENCEPIECE).read_bytes())))
-    return Tokens(note, _ids(tokenizer, target))
+        note += "".join(f"; {line}" for line in notes_of(read_model(files[SENTENCEPIECE])))
+    return Tokens(note, _ids(tokenizer, files), files)
 
 
-def _write(spec: str, tokenizer: Tokenizer, target: Path) -> list[str]:
-    """Write its files; their names, none where it has no form of Hugging Face's."""
+def _files(spec: str, tokenizer: Tokenizer, target: Path) -> dict[str, bytes]:
+    """Its files by name; none where it has no form of Hugging Face's."""
     kind, _, path = spec.partition(":")
     where = Path(path if kind in TOKENIZER_KINDS else spec)
     if isinstance(tokenizer, ByteTokenizer):
-        _write_json(target / FAST, of_bytes(tokenizer))
-        return [FAST]
+        return {FAST: _json(of_bytes(tokenizer))}
     if isinstance(tokenizer, TiktokenTokenizer):
-        _write_json(target / FAST, of_tiktoken(tokenizer))
-        return [FAST]
+        return {FAST: _json(of_tiktoken(tokenizer))}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        _write_json(target / FAST, _of_sentencepiece(tokenizer, read_model(where.read_bytes())))
-        _copy(where, target / SENTENCEPIECE)  # llama.cpp takes it before the other
-        return [FAST, SENTENCEPIECE]
+        model = where.read_bytes()
+        # llama.cpp takes it before the other.
+        return {FAST: _json(_of_sentencepiece(tokenizer, read_model(model))), SENTENCEPIECE: model}
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return []
+        return {}
     if kind == "gpt2" or (where.is_dir() and not (where / FAST).is_file()):
-        for name, file in zip(GPT2_FILES, find_gpt2_files(path if kind == "gpt2" else where), strict=True):
-            _copy(file, target / name)
+        pair = [file.read_bytes() for file in find_gpt2_files(path if kind == "gpt2" else where)]
         special = HuggingFaceTokenizer.load_gpt2(path if kind == "gpt2" else where, special_tokens="parse")
-        write_atomically(target / FAST, special.to_json().encode())
-        return [FAST, *GPT2_FILES]
+        return {FAST: special.to_json().encode()} | dict(zip(GPT2_FILES, pair, strict=True))
     folder = where if where.is_dir() else where.parent
     if where.is_file() and where.name != FAST:
-        _copy(where, target / FAST)
-        return [FAST]
-    found = [name for name in FILES if (folder / name).is_file()]
-    for name in found:
-        _copy(folder / name, target / name)
+        return {FAST: where.read_bytes()}
+    found = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     if SETTINGS in found and folder.resolve() != target.resolve():
-        _leave_rules_to_file(target / SETTINGS)
+        found[SETTINGS] = _rules_left_to_file(found[SETTINGS])
     return found
 
 
-def _leave_rules_to_file(path: Path) -> None:
-    """Name a class that takes what tokenizer.json says, as training did, in a tokenizer_config.json of Llama's.
+def _rules_left_to_file(data: bytes) -> bytes:
+    """A tokenizer_config.json that names, instead of Llama's class, one that takes what tokenizer.json says.
 
-    Its own class makes the rules for spaces anew in release 5 of transformers.
+    As training did: Llama's own makes the rules for spaces anew in release 5 of transformers.
     """
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        changed = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": _INPUTS}
-        _write_json(path, settings | changed)
+    settings = json.loads(data)
+    if settings.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return data
+    return _json(settings | {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": _INPUTS})
 
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer, model: Model) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece model. Raises UnknownModel where it would give other ids."""
     content = of_sentencepiece(model)
     with tempfile.TemporaryDirectory() as folder:
-        _write_json(Path(folder, FAST), content)
+        Path(folder, FAST).write_bytes(_json(content))
         theirs = HuggingFaceTokenizer.load(folder)
     for text in hard_texts():
         text = unicodedata.normalize("NFC", text) if model.table else text  # see notes_of
@@ -167,7 +159,7 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer, model: Model) -> dict[s
     return content
 
 
-def _settings(tokenizer: Tokenizer, target: Path, files: list[str], model: ModelConfig) -> dict[str, Any]:
+def _settings(tokenizer: Tokenizer, files: dict[str, bytes], model: ModelConfig) -> dict[str, Any]:
     """tokenizer_config.json. Nothing is put around a text, as in training."""
     settings: dict[str, Any] = {
         # Other classes have rules of their own, whatever tokenizer.json says.
@@ -185,13 +177,13 @@ def _settings(tokenizer: Tokenizer, target: Path, files: list[str], model: Model
         if GPT2_FILES[0] in files:
             settings["unk_token"] = end
     if SENTENCEPIECE in files:
-        named = read_model((target / SENTENCEPIECE).read_bytes())
+        named = read_model(files[SENTENCEPIECE])
         own = {"bos_token": named.first, "eos_token": named.last, "unk_token": named.unknown}
         settings |= {key: name for key, name in own.items() if name is not None}
     return settings
 
 
-def _ids(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
+def _ids(tokenizer: Tokenizer, files: dict[str, bytes]) -> dict[str, int]:
     """Ids of the first and the last token, as tokenizer_config.json names them."""
     ids = (
         {} if tokenizer.eod_id is None else dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eod_id)
@@ -200,8 +192,8 @@ def _ids(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         special = tokenizer.special_ids
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        special = read_model((target / SENTENCEPIECE).read_bytes()).special_ids
-    settings = json.loads((target / SETTINGS).read_text(encoding="utf-8"))
+        special = read_model(files[SENTENCEPIECE]).special_ids
+    settings = json.loads(files[SETTINGS])
     for key in ("bos_token", "eos_token"):
         name = settings.get(key)
         name = name.get("content") if isinstance(name, dict) else name
@@ -210,10 +202,5 @@ def _ids(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
     return ids
 
 
-def _copy(source: Path, target: Path) -> None:
-    if not (target.exists() and target.samefile(source)):  # an export into the tokenizer's own folder
-        write_atomically(target, source.read_bytes())
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
