@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from megatron_lite.config import ConfigError, load_config
+from megatron_lite.command import command
+from megatron_lite.config import load_config
 from megatron_lite.ops import Needs
 from megatron_lite.ops.report import machine, survey
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -31,16 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     there = torch.cuda.is_available()
     if options.device == "cuda" and not there:
-        print("error: --device cuda: torch sees no CUDA device on this machine", file=sys.stderr)
-        return 2
+        raise ValueError("--device cuda: torch sees no CUDA device on this machine")
     device = torch.device("cuda" if there and options.device != "cpu" else "cpu")
     needs = Needs.on(device, torch.float32)
     if options.config is not None:
-        try:
-            needs = Needs.of(load_config(options.config), device, torch.float32)
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        needs = Needs.of(load_config(options.config), device, torch.float32)
     about, found = machine(), survey(needs)
     if options.json:
         print(json.dumps({"machine": about, "device": device.type, "operations": found}, indent=2))
