@@ -2,11 +2,13 @@
 
 import functools
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
 P = ParamSpec("P")
+_STDOUT = 1
 
 
 def command(interrupted: str | None = None) -> Callable[[Callable[P, int]], Callable[P, int]]:
@@ -24,11 +26,11 @@ def command(interrupted: str | None = None) -> Callable[[Callable[P, int]], Call
             try:
                 status = main(*args, **kwargs)
                 sys.stdout.flush()
-            except BrokenPipeError:
-                # Or Python would say it once more at its end.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return 141
             except (ValueError, OSError) as error:
+                if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                    # Or Python would say it once more at its end.
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+                    return 141
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             except KeyboardInterrupt:
@@ -40,3 +42,10 @@ def command(interrupted: str | None = None) -> Callable[[Callable[P, int]], Call
         return wrapped
 
     return decorate
+
+
+def _reader_is_gone() -> bool:
+    """Whether the pipe that broke is standard output; else it was one to a worker, which died."""
+    output = select.poll()
+    output.register(_STDOUT, 0)
+    return bool(output.poll(0))

@@ -15,6 +15,7 @@ from megatron_lite.command import command
         (None, 3, ""),
         (ValueError("no such data"), 2, "error: no such data\n"),
         (OSError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "error: [Errno 32] Broken pipe\n"),
         (KeyboardInterrupt(), 130, "interrupted: half is done\n"),
     ],
 )
