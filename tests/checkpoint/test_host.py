@@ -1,14 +1,17 @@
 """The copy in host memory: the same bits, apart from what they were taken from, in memory that is kept; room for it."""
 
+import contextlib
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import megatron_lite.checkpoint.host as host_module
 from megatron_lite.checkpoint import Deferred, HostCopy, Piece, available_bytes
 from tests.distributed import run_ranks
 
@@ -109,6 +112,57 @@ def test_page_locks_that_are_refused_are_asked_for_once(monkeypatch):
         host._lock()
     assert asked == [100, 200], "again only for other memory"
     host.close()
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on the second GPU."""
+
+    is_cuda = property(lambda self: True)
+    device = property(lambda self: torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gpus_part_is_queued_after_the_callers_on_a_stream_of_its_own(monkeypatch, fails):
+    """Told by stand-ins, where there is no GPU: what is asked of it, in which order and in which thread."""
+    said = []
+
+    def note(*what):
+        said.append((threading.current_thread().name, *what))
+        return "event"
+
+    @contextlib.contextmanager
+    def context(what, value):
+        note("begin", what, str(value))
+        yield
+        note("end", what)
+
+    class Stream:
+        record_event = staticmethod(lambda: note("record"))
+        wait_event = staticmethod(lambda event: note("wait for", event))
+        synchronize = staticmethod(lambda: note("synchronize"))
+        __str__ = staticmethod(lambda: "new")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda gpu: note("stream of", str(gpu)) and Stream())
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: context("device", gpu))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: context("stream", stream))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(HostCopy, "_lock", lambda self: note("lock"))
+
+    def on_stream(to, tensor):
+        note("copy")
+        if fails:
+            raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(host_module, "_copy", on_stream)
+    _, copy = HostCopy().begin([Piece.whole("p", "weight", torch.ones(3).as_subclass(OnGpu))])
+    assert [words[1:] for words in said] == [("stream of", "cuda:1"), ("record",)]
+    said.clear()
+    with ThreadPoolExecutor(1, "saver") as thread:
+        assert bool(thread.submit(copy).exception()) == fails
+    assert {name for name, *_ in said} == {"saver_0"}
+    expected = [("begin", "device", "cuda:1"), ("lock",), ("wait for", "event"), ("begin", "stream", "new")]
+    expected += [("copy",), ("synchronize",)]
+    assert [words[1:] for words in said][:6] == expected
 
 
 def test_a_deferred_tensor_has_no_copy():
