@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,14 @@ def ours(turn: Turn, size: str, background: bool) -> None:
     turn.save(bytes_of(state), lambda: save(turn.folder, 1, pieces, {}))
 
     def load() -> None:
-        with Reader(turn.folder / "step_00000001") as reader:
+        with Reader(turn.folder / "step_00000001", check=True) as reader:
+            whole = (None, 0, None, 0)
+            reader.side_by_side(
+                [partial(reader.read_into, tensor, name, kind, *whole)]
+                for kind, held in state.items()
+                for name, tensor in held.items()
+            )
             reader.verify()
-            for piece in pieces:
-                assert isinstance(piece.data, torch.Tensor)
-                reader.read_into(piece.data, piece.name, piece.kind, None, 0, None, 0)
 
     turn.load(load)
 
