@@ -105,10 +105,7 @@ def save_files(target: Path, step: int, files: list[list[Piece]], metadata: dict
     size = sum(piece.data.numel() * piece.data.dtype.itemsize for pieces in files for piece in pieces)
     _prepare(temporary, metadata)
     try:
-        if size > (free := shutil.disk_usage(directory).free):
-            raise CheckpointError(
-                f"{target}: {size / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
-            )
+        check_room(directory, size)
         entries = [_write_rank(temporary, number, pieces) for number, pieces in enumerate(files)]
         _publish(temporary, final, Index(step, metadata, entries))
     except BaseException:
@@ -124,6 +121,14 @@ def check_unused(target: Path) -> None:
     directory = target / "checkpoints"
     if directory.is_dir() and step_folders(directory):
         raise CheckpointError(f"{directory} holds checkpoints already; give another folder")
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise CheckpointError where the disk of a folder has less than `size` bytes free."""
+    if size > (free := shutil.disk_usage(folder).free):
+        raise CheckpointError(
+            f"{folder}: {size / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
+        )
 
 
 def _prepare(temporary: Path, metadata: dict[str, Any]) -> None:

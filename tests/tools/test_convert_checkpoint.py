@@ -4,8 +4,10 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -311,6 +313,14 @@ def test_a_folder_that_cannot_be_locked_or_made(run, tmp_path, capsys, monkeypat
 
 def no_locks(*_):
     raise OSError(errno.EBADF, "Bad file descriptor")
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", "megatron_lite"])
+def test_room_is_looked_at_before_all_is_written(run, tmp_path, capsys, monkeypatch, to):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert convert(run, to, tmp_path / "out") == 2
+    assert "0.0 GB are to be written, and 0.0 GB are free" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["hf", "safetensors", "megatron_lite"])

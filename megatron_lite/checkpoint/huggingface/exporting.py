@@ -26,6 +26,7 @@ from megatron_lite.checkpoint.huggingface.folder import (
 from megatron_lite.checkpoint.huggingface.tokenizer import export_tokenizer
 from megatron_lite.checkpoint.huggingface.weights import Rule, rules
 from megatron_lite.checkpoint.reader import Reader
+from megatron_lite.checkpoint.store import check_room
 from megatron_lite.config import ModelConfig
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -166,6 +167,7 @@ def write_weights(
     temporary = [target / f"{file}.tmp" for file in files]
     target.mkdir(parents=True, exist_ok=True)
     _remove(target.glob("model*.safetensors*.tmp"))  # of a run that was killed
+    check_room(target, total)
     try:
         for path, shard in zip(temporary, shards, strict=True):
             write_safetensors(path, shard, {"format": "pt"})
