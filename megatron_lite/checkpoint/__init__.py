@@ -6,6 +6,7 @@
 from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megatron_lite.checkpoint.files import Deferred
 from megatron_lite.checkpoint.host import HostCopy, available_bytes
+from megatron_lite.checkpoint.index import TOKENIZER
 from megatron_lite.checkpoint.latest import find_latest, resolve, search, search_output
 from megatron_lite.checkpoint.layout import KINDS, Piece
 from megatron_lite.checkpoint.reader import Reader
@@ -13,6 +14,7 @@ from megatron_lite.checkpoint.store import save
 
 __all__ = [
     "KINDS",
+    "TOKENIZER",
     "CheckpointError",
     "DamagedCheckpoint",
     "Deferred",

@@ -13,8 +13,9 @@ import fcntl
 import mmap
 import os
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -43,7 +44,7 @@ class BlockWriter:
 
     def __init__(self, path: Path, size: int) -> None:
         # In the file, the block that is being filled begins at `_begin`.
-        self._size, self._begin, self._filled = size, 0, 0
+        self._path, self._size, self._begin, self._filled = path, size, 0, 0
         # It starts a thread only for a block that finds none idle.
         self._pool = ThreadPoolExecutor(_AT_ONCE)
         self._flight: deque[tuple[Future[None], Bytes]] = deque()
@@ -52,7 +53,8 @@ class BlockWriter:
         try:
             with suppress(OSError):
                 self._set_direct(True)
-            _reserve(self._file, size)
+            with _named(path):
+                _reserve(self._file, size)
         except OSError:
             os.close(self._file)
             raise
@@ -101,17 +103,18 @@ class BlockWriter:
 
     def _write(self, data: Bytes, begin: int) -> None:
         refused = False
-        while data.size:
-            try:
-                count = os.pwrite(self._file, data.data, begin)
-                if count == 0:
-                    raise OSError(errno.EIO, "the disk takes no more of it and does not say why")
-                data, begin = data[count:], begin + count
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or refused:
-                    raise
-                refused = True  # the rest of a write cut short, or a file system that wants another alignment
-                self._set_direct(False)
+        with _named(self._path):
+            while data.size:
+                try:
+                    count = os.pwrite(self._file, data.data, begin)
+                    if count == 0:
+                        raise OSError(errno.EIO, "the disk takes no more of it and does not say why")
+                    data, begin = data[count:], begin + count
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or refused:
+                        raise
+                    refused = True  # the rest of a write cut short, or a file system that wants another alignment
+                    self._set_direct(False)
 
     def _finish(self) -> None:
         assert self._begin + self._filled == self._size, "as many bytes as were announced"
@@ -119,12 +122,23 @@ class BlockWriter:
             self._send()  # with what fills its last sector, cut off again below
         for sent, _ in self._flight:
             sent.result()
-        os.ftruncate(self._file, self._size)
-        os.fsync(self._file)
+        with _named(self._path):
+            os.ftruncate(self._file, self._size)
+            os.fsync(self._file)
 
     def _set_direct(self, direct: bool) -> None:
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags | _DIRECT if direct else flags & ~_DIRECT)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The system's refusals, which know a descriptor, say which file it is."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _reserve(file: int, size: int) -> None:

@@ -22,6 +22,8 @@ from megatron_lite.checkpoint.layout import Span, Stored
 
 INDEX = "index.json"
 FORMAT = "megatron_lite"
+# The key of the metadata that tells which tokenizer the weights were trained with.
+TOKENIZER = "tokenizer_fingerprint"
 VERSION = 2  # 1 had the checksum of the content with its keys sorted
 _HEAD = '{"checksum":"crc32:%08x","content":'
 
@@ -125,7 +127,7 @@ def read_index(folder: Path) -> Index:
         fault = "is not there, so the folder is no complete checkpoint (a save that was cut short?)"
         raise CheckpointError(f"{path} {fault}; use another step") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); use another step or restore it") from error
+        raise CheckpointError(f"{path} cannot be read ({error!r}); use another step or restore it") from error
     if not intact:
         raise CheckpointError(f"{path} does not match its own checksum; use another step or restore the file")
     if content.get("format") != FORMAT or version not in (1, VERSION):

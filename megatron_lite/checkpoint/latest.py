@@ -128,6 +128,17 @@ def _remedy(path: Path) -> str:
             "it holds weights for other programs, as tools/convert_checkpoint.py --to safetensors writes them"
         )
         return f"{exported}, which are not read back: give the checkpoint that they came from"
+    # Of Megatron-LM; of DeepSpeed, its universal ones first; of either's single steps.
+    foreign = (
+        "latest_checkpointed_iteration.txt",
+        "latest_universal",
+        "mp_rank_00*",
+        "*/mp_rank_00*",
+        ".metadata",
+    )
+    if any(any(path.glob(marker)) for marker in foreign):
+        importing = f"tools/convert_checkpoint.py --load {path} --save DIR --to megatron_lite"
+        return f"it is a Megatron-LM or DeepSpeed checkpoint: import it with {importing}, and give DIR"
     return "give a step folder or a run's output directory"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import CheckpointError, Reader, search, search_output
+from megatron_lite.checkpoint import TOKENIZER, CheckpointError, Reader, search, search_output
 from megatron_lite.config import Config
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.training.engine import Engine
@@ -18,7 +18,6 @@ from megatron_lite.training.optimizer_state import differs_in_padding
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-TOKENIZER = "tokenizer_fingerprint"
 # What of a checkpoint's metadata the run that starts from it hands on to its own.
 _HANDED_ON = ("huggingface", TOKENIZER)
 

@@ -349,7 +349,7 @@ def test_weights_alone_are_not_taken_unasked_but_pointed_to(tmp_path):
         ("readme.md", "give a step folder or a run's output directory"),
     ],
 )
-def test_a_folder_of_another_format_is_told_from_an_empty_one(tmp_path, file, told):
+def test_a_folder_of_safetensors_is_told_from_an_empty_one(tmp_path, file, told):
     folder = tmp_path / "other"
     folder.mkdir()
     (folder / file).write_text("{}")
@@ -358,3 +358,22 @@ def test_a_folder_of_another_format_is_told_from_an_empty_one(tmp_path, file, to
     (folder / "model-00001-of-00002.safetensors").touch()
     with pytest.raises(CheckpointError, match=f"other: no checkpoint there; {told}"):
         resolve(folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "latest_checkpointed_iteration.txt",
+        ".metadata",
+        "mp_rank_00_model_states.pt",
+        "mp_rank_00/x.pt",
+        "latest_universal",
+    ],
+)
+def test_a_folder_of_another_system_is_told_from_an_empty_one(tmp_path, file):
+    (tmp_path / "1" / file).parent.mkdir(parents=True)
+    (tmp_path / "1" / file).touch()
+    with pytest.raises(
+        CheckpointError, match=r"Megatron-LM or DeepSpeed checkpoint: import it with \S+ --load"
+    ):
+        resolve(tmp_path / "1")

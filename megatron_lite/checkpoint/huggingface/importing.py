@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.huggingface.config import from_huggingface
 from megatron_lite.checkpoint.huggingface.folder import CONFIG, GENERATION_CONFIG, Folder, read_json
 from megatron_lite.checkpoint.huggingface.tokenizer import load_fitting, tokenizer_of
 from megatron_lite.checkpoint.huggingface.weights import Rule, rules
+from megatron_lite.checkpoint.index import TOKENIZER
 from megatron_lite.checkpoint.layout import Piece
 from megatron_lite.checkpoint.starting import save_import, starting_config
 from megatron_lite.config import build_config
@@ -58,7 +59,7 @@ def import_huggingface(source: Path, target: Path) -> Path:
     if tokenizer is not None:
         try:
             # As a run has it whose settings name this tokenizer; with another one it warns.
-            metadata["tokenizer_fingerprint"] = load_fitting(tokenizer, model).fingerprint()
+            metadata[TOKENIZER] = load_fitting(tokenizer, model).fingerprint()
         except TokenizerError as error:
             log.warning("the folder's tokenizer cannot be used: %s", error)
     return save_import(target, 0, [_piece(rule, folder) for rule in held], metadata, tree)
