@@ -91,6 +91,13 @@ def theirs(exported):
     return transformers.AutoTokenizer.from_pretrained(exported[1])
 
 
+def test_what_reads_other_ids_is_said(exported):
+    *_, note, model = exported
+    for line in ("equally likely divisions", "llama.cpp divides texts as with a BPE model"):
+        assert (line in note) == (model.algorithm == spm.UNIGRAM)
+    assert ("two accents" in note) == bool(model.table)
+
+
 def test_any_text_has_the_same_ids(exported, theirs):
     tokenizer, *_, model = exported
     theirs.model_max_length = 1 << 30

@@ -151,6 +151,8 @@ def notes_of(model: Model) -> list[str]:
         notes.append(
             "of equally likely divisions of a text it may take another, so that the order of ids differs"
         )
+        # Its type "llama" merges pairs by score; that for unigram models it takes for T5 alone.
+        notes.append("llama.cpp divides texts as with a BPE model, so that many words get other ids there")
     if model.table:
         notes.append("two accents of a letter in another order than Unicode's are read otherwise")
     return notes
