@@ -160,7 +160,7 @@ def ours(turn: Turn, size: str, background: bool) -> None:
     turn.save(bytes_of(state), lambda: save(turn.folder, 1, pieces, {}))
 
     def load() -> None:
-        with Reader(turn.folder / "step_00000001", check=True) as reader:
+        with Reader(turn.folder / "step_00000001", check=True, once=KINDS[1:]) as reader:
             whole = (None, 0, None, 0)
             reader.side_by_side(
                 [partial(reader.read_into, tensor, name, kind, *whole)]

@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -32,7 +32,7 @@ Bytes = NDArray[np.uint8]
 
 _BLOCK = 1 << 22  # bytes; large, because each waits for the disk's answer
 _AT_ONCE = 8  # blocks on their way to the disk
-_SECTOR = 4096  # bytes; what goes past the cache begins and ends, in the file and in memory, on a multiple
+SECTOR = 4096  # bytes; what goes past the cache begins and ends, in the file and in memory, on a multiple
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -51,8 +51,7 @@ class BlockWriter:
         self._block = self._new_block()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            with suppress(OSError):
-                self._set_direct(True)
+            set_direct(self._file, True)
             with _named(path):
                 _reserve(self._file, size)
         except OSError:
@@ -94,10 +93,10 @@ class BlockWriter:
             sent, block = self._flight.popleft()
             sent.result()
             return block
-        return np.frombuffer(mmap.mmap(-1, min(_BLOCK, -(-self._size // _SECTOR) * _SECTOR)), np.uint8)
+        return np.frombuffer(mmap.mmap(-1, min(_BLOCK, -(-self._size // SECTOR) * SECTOR)), np.uint8)
 
     def _send(self) -> None:
-        data = self._block[: -(-self._filled // _SECTOR) * _SECTOR]
+        data = self._block[: -(-self._filled // SECTOR) * SECTOR]
         self._flight.append((self._pool.submit(self._write, data, self._begin), self._block))
         self._begin, self._filled = self._begin + self._filled, 0
 
@@ -113,8 +112,10 @@ class BlockWriter:
                 except OSError as error:
                     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or refused:
                         raise
-                    refused = True  # the rest of a write cut short, or a file system that wants another alignment
-                    self._set_direct(False)
+                    refused = (
+                        True  # the rest of a write cut short, or a file system that wants another alignment
+                    )
+                    set_direct(self._file, False)
 
     def _finish(self) -> None:
         assert self._begin + self._filled == self._size, "as many bytes as were announced"
@@ -126,9 +127,20 @@ class BlockWriter:
             os.ftruncate(self._file, self._size)
             os.fsync(self._file)
 
-    def _set_direct(self, direct: bool) -> None:
-        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
-        fcntl.fcntl(self._file, fcntl.F_SETFL, flags | _DIRECT if direct else flags & ~_DIRECT)
+
+def set_direct(file: int, direct: bool) -> bool:
+    """Have what is read and written of an open file go past the page cache, or not; whether the system would."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | _DIRECT if direct else flags & ~_DIRECT)
+    except OSError:
+        return False
+    return is_direct(file) == direct
+
+
+def is_direct(file: int) -> bool:
+    """Whether what is read and written of an open file goes past the page cache."""
+    return bool(fcntl.fcntl(file, fcntl.F_GETFL) & _DIRECT)
 
 
 @contextmanager

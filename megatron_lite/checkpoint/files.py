@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_lite.checkpoint.blocks import BlockWriter, Bytes, crc32
+from megatron_lite.checkpoint.blocks import BlockWriter, Bytes
 
 _DTYPES = {
     torch.float64: "F64",
@@ -34,8 +34,6 @@ _DTYPES = {
 }
 DTYPE_NAMES: Mapping[torch.dtype, str] = _DTYPES
 DTYPES_BY_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
-
-_BLOCK = 1 << 21  # bytes read at a time, and then summed or cast: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -111,52 +109,6 @@ def _bytes(tensor: torch.Tensor | Deferred) -> Bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     found: Bytes = flat.view(torch.uint8).numpy()
     return found
-
-
-def read_blocks(path: Path, begin: int, size: int, out: Bytes | None = None) -> Iterator[Bytes]:
-    """Bytes [begin, begin + size) of a file, a block at a time: parts of `out`, which they fill, or of one block.
-
-    Raises OSError where the file cannot be read, or ends before.
-    """
-    # Opened each time, because threads that share a descriptor spoil one another's read-ahead.
-    with open(path, "rb", buffering=0) as file:
-        block = np.empty(min(size, _BLOCK), np.uint8) if out is None else out
-        for at in range(0, size, _BLOCK):
-            first = 0 if out is None else at
-            part = block[first : first + min(_BLOCK, size - at)]
-            filled = 0
-            while filled < part.size:
-                count = os.preadv(file.fileno(), [part.data[filled:]], begin + at + filled)
-                if count == 0:
-                    raise OSError(f"it ends at byte {begin + at + filled}")
-                filled += count
-            yield part
-
-
-def read_values(path: Path, begin: int, dtype: torch.dtype, out: torch.Tensor, *, summed: bool) -> int:
-    """Fill `out`, 1-D, of any device and type, with values of `dtype` from byte `begin` of a file on.
-
-    Returns the CRC-32 of their bytes where it is to be `summed`. Raises as `read_blocks` does.
-    """
-    in_place = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
-    target: Bytes | None = out.view(torch.uint8).numpy() if in_place else None
-    crc = done = 0
-    for block in read_blocks(path, begin, out.numel() * dtype.itemsize, target):
-        if summed:
-            crc = crc32(block.data, crc)
-        if not in_place:
-            values = torch.from_numpy(block).view(dtype)
-            out[done : done + values.numel()].copy_(values)
-            done += values.numel()
-    return crc
-
-
-def crc_of_range(path: Path, begin: int, size: int) -> int:
-    """CRC-32 of bytes [begin, begin + size) of a file. Raises as `read_blocks` does."""
-    crc = 0
-    for block in read_blocks(path, begin, size):
-        crc = crc32(block.data, crc)
-    return crc
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import repeat
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from megatron_lite.checkpoint.files import DTYPES_BY_NAME, crc_of_range, read_values
+from megatron_lite.checkpoint.files import DTYPES_BY_NAME
 from megatron_lite.checkpoint.index import INDEX, check_size, key_of, read_index
 from megatron_lite.checkpoint.layout import (
     Span,
@@ -29,6 +29,7 @@ from megatron_lite.checkpoint.layout import (
     shard_numel,
     view,
 )
+from megatron_lite.checkpoint.ranges import crc_of_range, read_values
 
 _READERS = 4  # threads: fast disks, and those over a network, give one reader a part of their speed only
 _CHUNK = 1 << 23  # bytes of a large piece that a thread takes
@@ -43,9 +44,10 @@ class Reader:
     Args:
         check: compare the checksum of each piece that is read whole. Damage is then noted, not raised, so that ranks
             stay together: call `verify` before using what was read.
+        once: kinds that no process of this machine reads a second time, so that the page cache is not for them.
     """
 
-    def __init__(self, path: str | Path, *, check: bool = False) -> None:
+    def __init__(self, path: str | Path, *, check: bool = False, once: Collection[str] = ()) -> None:
         self.path = Path(path)
         index = read_index(self.path)
         self.step: int = index.step
@@ -58,7 +60,7 @@ class Reader:
                 self._pieces.setdefault((piece.kind, piece.name), []).append((entry.file, piece))
         self._mapped: dict[str, Any] = {}
         self._offsets: dict[str, dict[str, int]] = {}
-        self._check = check
+        self._check, self._once = check, frozenset(once)
         self._checked: set[tuple[str, str]] = set()
         self._faults: list[str] = []
         self._pool = ThreadPoolExecutor(_READERS)  # which starts no thread before there is work
@@ -315,14 +317,14 @@ class Reader:
         whole = flat.numel() == piece.span.flat_stop - piece.span.flat_start
         with self._reading(file):
             if self._check and whole and (file, key) not in self._checked:
-                crc = read_values(path, at, dtype, flat, summed=True)
+                crc = read_values(path, at, dtype, flat, summed=True, past_cache=piece.kind in self._once)
                 if crc != self._files[file].written.tensor_crcs[key]:
                     self._faults.append(self._damage(file, key))
                 self._checked.add((file, key))
                 return
             parts = flat.split(_CHUNK // dtype.itemsize)
             begins = range(at, at + flat.numel() * dtype.itemsize, _CHUNK)
-            read = partial(read_values, path, summed=False)
+            read = partial(read_values, path, summed=False, past_cache=piece.kind in self._once)
             list(self._pool.map(read, begins, repeat(dtype), parts))
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from megatron_lite.checkpoint import TOKENIZER, CheckpointError, Reader, search,
 from megatron_lite.config import Config
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.training.engine import Engine
-from megatron_lite.training.optimizer_state import differs_in_padding
+from megatron_lite.training.optimizer_state import MOMENTS, differs_in_padding
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,9 @@ def load_checkpoint(engine: Engine, path: Path) -> None:
     names = {name for held in gather([name for name, _ in engine.named_parameters()]) for name in held}
     with contextlib.ExitStack() as stack:
         with agreed_failure():
-            reader = stack.enter_context(Reader(path, check=True))
+            # Every rank makes its working copy of the weights, and where nothing is partitioned, of all.
+            alone = engine.config.zero_stage > 0 or engine.mesh.data_size == 1
+            reader = stack.enter_context(Reader(path, check=True, once=MOMENTS if alone else ()))
             _check_model(engine, reader, names)
             weights_only = _weights_only(engine.config, reader)
             engine.load(reader, weights_only)

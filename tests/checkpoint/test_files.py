@@ -15,7 +15,8 @@ import torch
 
 from megatron_lite.checkpoint import Deferred
 from megatron_lite.checkpoint import blocks as blocks_module
-from megatron_lite.checkpoint.files import DTYPE_NAMES, crc_of_range, write_safetensors
+from megatron_lite.checkpoint.files import DTYPE_NAMES, write_safetensors
+from megatron_lite.checkpoint.ranges import crc_of_range
 
 
 @pytest.mark.parametrize("way", ["as it is", "no way past the cache", "another alignment"])

@@ -200,7 +200,6 @@ def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
 @pytest.mark.parametrize("check", [False, True])
 def test_reading_into_a_tensor_of_any_type_and_stride(tmp_path, dtype, check, monkeypatch):
     monkeypatch.setattr("megatron_lite.checkpoint.reader._CHUNK", 16)  # so that threads share a piece
-    monkeypatch.setattr("megatron_lite.checkpoint.files._BLOCK", 8)
     state = random_state(0)
     with Reader(save_state(tmp_path, 1, state, 2, 1, 3, 1), check=check) as reader:
         for name, (dim, start, stop, low, high) in [one for rank in layout(4, 1, 2, 3) for one in rank]:

@@ -125,3 +125,29 @@ def test_no_moments_stay_of_what_was_damaged(tmp_path: Path) -> None:
     damage(tmp_path / "checkpoints" / two.name / "rank_00000.safetensors", "exp_avg")
     ((path, faults, _, state),) = run_ranks(1, load, case)
     assert (path, len(faults), state) == (one.name, 1, {})
+
+
+def read_past_the_cache(case: Case) -> set[str]:
+    """The steps of which something was read past the page cache."""
+    found = set()
+    read = reader_module.read_values
+
+    def noted(path: Path, *arguments: Any, past_cache: bool, **options: Any) -> int:
+        if past_cache:
+            found.add(path.parent.name)
+        return read(path, *arguments, past_cache=past_cache, **options)
+
+    reader_module.read_values = noted
+    load_start(make_engine(case.config()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "past"), [(Case(), True), (Case(data=2), True), (Case(data=2, zero=0), False)], ids=str
+)
+def test_what_one_rank_alone_reads_goes_past_the_page_cache(case: Case, past: bool, tmp_path: Path) -> None:
+    run_ranks(case.world_size, save_two, within(case, tmp_path))
+    assert (
+        run_ranks(case.world_size, read_past_the_cache, within(case, tmp_path))
+        == [{"step_00000002"} if past else set()] * case.world_size
+    )
