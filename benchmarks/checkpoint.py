@@ -143,7 +143,7 @@ class Turn:
 
 
 def ours(turn: Turn, size: str, background: bool) -> None:
-    from megatron_lite.checkpoint import HostCopy, Piece, Reader, save
+    from megatron_lite.checkpoint import HostCopy, Piece, Reader, save, side_by_side
 
     state, host = make_state(size), HostCopy()
     pieces = [Piece.whole(name, kind, t) for kind, held in state.items() for name, t in held.items()]
@@ -162,7 +162,7 @@ def ours(turn: Turn, size: str, background: bool) -> None:
     def load() -> None:
         with Reader(turn.folder / "step_00000001", check=True, once=KINDS[1:]) as reader:
             whole = (None, 0, None, 0)
-            reader.side_by_side(
+            side_by_side(
                 [partial(reader.read_into, tensor, name, kind, *whole)]
                 for kind, held in state.items()
                 for name, tensor in held.items()

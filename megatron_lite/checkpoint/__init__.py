@@ -9,7 +9,7 @@ from megatron_lite.checkpoint.host import HostCopy, available_bytes
 from megatron_lite.checkpoint.index import TOKENIZER
 from megatron_lite.checkpoint.latest import find_latest, resolve, search, search_output
 from megatron_lite.checkpoint.layout import KINDS, Piece
-from megatron_lite.checkpoint.reader import Reader
+from megatron_lite.checkpoint.reader import Reader, side_by_side
 from megatron_lite.checkpoint.store import save
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "save",
     "search",
     "search_output",
+    "side_by_side",
 ]

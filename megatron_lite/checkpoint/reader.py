@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +32,11 @@ from megatron_lite.checkpoint.ranges import crc_of_range, read_values
 
 _READERS = 4  # threads: fast disks, and those over a network, give one reader a part of their speed only
 _CHUNK = 1 << 23  # bytes of a large piece that a thread takes
+_SHOWN = 8  # faults in a message
+_HEADER = "its header"
+
+# What can be checked: its file and name, where it begins, its bytes and its checksum.
+Range = tuple[str, str, int, int, int]
 
 
 class Reader:
@@ -61,6 +65,7 @@ class Reader:
         self._mapped: dict[str, Any] = {}
         self._offsets: dict[str, dict[str, int]] = {}
         self._check, self._once = check, frozenset(once)
+        self._covered = False
         self._checked: set[tuple[str, str]] = set()
         self._faults: list[str] = []
         self._pool = ThreadPoolExecutor(_READERS)  # which starts no thread before there is work
@@ -107,41 +112,51 @@ class Reader:
         world_size: int = 1,
         gather: Callable[[object], list[Any]] = lambda value: [value],
     ) -> None:
-        """Read through what is of one kind, or all; DamagedCheckpoint names every piece damaged or missing.
+        """Read through what is of one kind, or all; DamagedCheckpoint names the pieces damaged or missing.
 
         Collective, with `gather` as for `save`: what one rank has checked while it read is not read again, the others
         share what is left, and all raise alike.
         """
         if rank == 0:
             try:
-                check_coverage(piece for entry in self._files.values() for piece in entry.pieces.values())
-            except CheckpointError as error:
-                self._faults.append(f"{self.path / INDEX}: {error}")
+                self.check_index()
+            except DamagedCheckpoint as error:
+                self._faults.append(str(error))
         ranges = self._ranges(kind)
-        done = np.array([(file, key) in self._checked for file, key, *_ in ranges], bool)
-        packed = gather(np.packbits(done).tobytes())
-        for other in packed:
-            done |= np.unpackbits(np.frombuffer(other, np.uint8), count=done.size).astype(bool)
+        own_done = np.packbits([(file, key) in self._checked for file, key, *_ in ranges])
+        packed = np.array([np.frombuffer(one, np.uint8) for one in gather(own_done.tobytes())])
+        done = np.unpackbits(np.bitwise_or.reduce(packed), count=len(ranges)).astype(bool)
         left = [one for one, checked in zip(ranges, done, strict=True) if not checked]
         sizes = np.array([size for *_, size, _ in left], np.int64)
         # Each rank takes what lies next to each other, about as many bytes as the others.
         turns = (sizes.cumsum() - (sizes + 1) // 2) * world_size // max(int(sizes.sum()), 1)
         own = [one for one, turn in zip(left, turns, strict=True) if turn == rank]
         self._faults += filter(None, self._pool.map(self._fault_of_range, own))
-        _raise_on(fault for faults in gather(self._faults) for fault in faults)
+        # No more of them than are told: those of a lost disk, from each of a thousand ranks, would be gigabytes.
+        shown = list(dict.fromkeys(self._faults))[: _SHOWN + 1]
+        _raise_on(fault for faults in gather(shown) for fault in faults)
 
-    def _ranges(self, kind: str | None) -> list[tuple[str, str, int, int, int]]:
-        """What can be checked: its file and name, where it begins, its bytes and its checksum."""
+    def check_index(self) -> None:
+        """Raise DamagedCheckpoint unless the files together hold every parameter exactly once; they are not read."""
+        if not self._covered:
+            try:
+                check_coverage(piece for entry in self._files.values() for piece in entry.pieces.values())
+            except CheckpointError as error:
+                raise DamagedCheckpoint(f"{self.path / INDEX}: {error}") from error
+            self._covered = True
+
+    def _ranges(self, kind: str | None) -> list[Range]:
+        """Everything that can be checked, or what is of one kind and the headers."""
         found = []
         for file, entry in self._files.items():
             written, offsets = entry.written, entry.offsets()
-            found.append((file, "its header", 0, written.header_bytes, written.header_crc))
+            found.append((file, _HEADER, 0, written.header_bytes, written.header_crc))
             for (key, crc), size in zip(written.tensor_crcs.items(), entry.sizes(), strict=True):
                 if kind in (None, entry.pieces[key].kind):
                     found.append((file, key, offsets[key], size, crc))
         return found
 
-    def _fault_of_range(self, what: tuple[str, str, int, int, int]) -> str | None:
+    def _fault_of_range(self, what: Range) -> str | None:
         file, key, begin, size, crc = what
         try:
             return None if crc_of_range(self.path / file, begin, size) == crc else self._damage(file, key)
@@ -150,20 +165,6 @@ class Reader:
 
     def _damage(self, file: str, key: str) -> str:
         return f"{self.path / file} is damaged: {key} does not match its checksum"
-
-    def side_by_side(self, jobs: Iterable[Sequence[Callable[[], object]]]) -> None:
-        """Do several jobs at a time, the reads of each one after the other.
-
-        Fastest in the order in which parameters, and the kinds of each, were written. Raises what the first raises
-        that fails.
-        """
-
-        def work(job: Sequence[Callable[[], object]]) -> None:
-            for read in job:
-                read()
-
-        with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(work, jobs))
 
     def read(
         self,
@@ -274,7 +275,7 @@ class Reader:
                     part = view(out, ours, box)
                     if part.is_contiguous() and (begin := contiguous(theirs, box)) is not None:
                         self._read(file, piece, begin, part)
-                    else:
+                    elif not self._check or self._is_sound(file, piece):
                         with self._reading(file):
                             part.copy_(view(self._map(file, piece), theirs, box))
                     copied += part.numel()
@@ -307,16 +308,34 @@ class Reader:
         data: torch.Tensor = self._mapped[file].get_tensor(key_of(piece))
         return data
 
-    def _read(self, file: str, piece: Stored, begin: int, out: torch.Tensor) -> None:
-        """The elements of a piece from `begin` on into `out`, contiguous."""
+    def _is_sound(self, file: str, piece: Stored) -> bool:
+        """Whether a piece is as it was written, and the header that leads to it: a bad sector behind a mapping would
+        end the process."""
+        key, written = key_of(piece), self._files[file].written
+        size = (piece.span.flat_stop - piece.span.flat_start) * DTYPES_BY_NAME[piece.dtype].itemsize
+        header = (file, _HEADER, 0, written.header_bytes, written.header_crc)
+        for one in (header, (file, key, self._offset(file, key), size, written.tensor_crcs[key])):
+            if one[:2] not in self._checked:
+                if fault := self._fault_of_range(one):
+                    self._faults.append(fault)
+                    return False
+                self._checked.add(one[:2])
+        return True
+
+    def _offset(self, file: str, key: str) -> int:
+        """Where a piece begins in its file."""
         if file not in self._offsets:
             self._offsets[file] = self._files[file].offsets()
+        return self._offsets[file][key]
+
+    def _read(self, file: str, piece: Stored, begin: int, out: torch.Tensor) -> None:
+        """The elements of a piece from `begin` on into `out`, contiguous."""
         key, path, dtype = key_of(piece), self.path / file, DTYPES_BY_NAME[piece.dtype]
-        at = self._offsets[file][key] + begin * dtype.itemsize
+        at = self._offset(file, key) + begin * dtype.itemsize
         flat = out.as_strided((out.numel(),), (1,))  # a single element may have any stride
         whole = flat.numel() == piece.span.flat_stop - piece.span.flat_start
         with self._reading(file):
-            if self._check and whole and (file, key) not in self._checked:
+            if self._check and whole:
                 crc = read_values(path, at, dtype, flat, summed=True, past_cache=piece.kind in self._once)
                 if crc != self._files[file].written.tensor_crcs[key]:
                     self._faults.append(self._damage(file, key))
@@ -324,8 +343,13 @@ class Reader:
                 return
             parts = flat.split(_CHUNK // dtype.itemsize)
             begins = range(at, at + flat.numel() * dtype.itemsize, _CHUNK)
-            read = partial(read_values, path, summed=False, past_cache=piece.kind in self._once)
-            list(self._pool.map(read, begins, repeat(dtype), parts))
+            read = partial(read_values, path, dtype=dtype, summed=False, past_cache=piece.kind in self._once)
+            reads = [
+                self._pool.submit(read, begin, out=part) for begin, part in zip(begins, parts, strict=True)
+            ]
+            wait(reads)  # also for the others of one that fails: none may write into `out` any more
+            for one in reads:
+                one.result()
 
     @contextlib.contextmanager
     def _reading(self, file: str) -> Iterator[None]:
@@ -343,6 +367,21 @@ class Reader:
 
 def _raise_on(faults: Iterable[str]) -> None:
     if found := list(dict.fromkeys(faults)):
-        more = f"; and {len(found) - 8} more faults" if len(found) > 8 else ""
+        more = "; and more" if len(found) > _SHOWN else ""
         remedy = "use another step or restore the file"
-        raise DamagedCheckpoint("; ".join(found[:8]) + more + f"; {remedy}")
+        raise DamagedCheckpoint("; ".join(found[:_SHOWN]) + more + f"; {remedy}")
+
+
+def side_by_side(jobs: Iterable[Sequence[Callable[[], object]]]) -> None:
+    """Do several jobs at a time, the reads of each one after the other.
+
+    Fastest in the order in which parameters, and the kinds of each, were written. Raises what the first raises that
+    fails.
+    """
+
+    def work(job: Sequence[Callable[[], object]]) -> None:
+        for read in job:
+            read()
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(work, jobs))

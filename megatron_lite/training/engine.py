@@ -23,7 +23,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 
-from megatron_lite.checkpoint import KINDS, Piece, Reader  # noqa: E402
+from megatron_lite.checkpoint import KINDS, Piece, Reader, side_by_side  # noqa: E402
 from megatron_lite.config import Config  # noqa: E402
 from megatron_lite.data.loader import Batch  # noqa: E402
 from megatron_lite.model.gpt import GPT, gpt_layers  # noqa: E402
@@ -215,20 +215,22 @@ class Engine:
         return {}
 
     def load(self, reader: Reader, weights_only: bool = False) -> None:
-        """Takes weights (and masters, moments, loss scale) from a checkpoint written by any layout."""
+        """Takes weights (and masters, moments) from a checkpoint written by any layout."""
         state = reader.metadata.get("engine", {})
         parameters = list(self.module.parameters())
         owned = optimizer_state.fragments(parameters, self.optimizer, self.deepspeed.optimizer)
         steps = None if weights_only else int(state.get("optimizer_steps", 0))
-        reads = optimizer_state.reads(owned, self.optimizer, reader, steps)
+        reads = optimizer_state.reads(parameters, owned, self.optimizer, reader, steps)
         jobs: list[list[optimizer_state.Read]] = []
         for parameter in parameters:
             weight, *moments = (reads.get((spec_of(parameter).name, kind), []) for kind in KINDS)
-            # The master after the working copy, so that its bytes need not be fetched, nor checked, again.
+            # The master after the working copy, so that its bytes need not be fetched again.
             jobs += [[partial(self._load_weight, parameter, reader), *weight], *moments]
-        reader.side_by_side(jobs)
-        if not weights_only:
-            self._loss_scaler().update(state.get("loss_scaler", {}))
+        side_by_side(jobs)
+
+    def load_loss_scale(self, reader: Reader) -> None:
+        """Takes the loss scale (fp16) from a checkpoint."""
+        self._loss_scaler().update(reader.metadata.get("engine", {}).get("loss_scaler", {}))
 
     def _load_weight(self, parameter: Any, reader: Reader) -> None:
         """The working copy of a weight, in the training precision: whole, or this rank's part under ZeRO-3."""

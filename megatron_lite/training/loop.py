@@ -192,28 +192,26 @@ def start(config: Config, launch: Launch) -> Run:
     starts, engine, fault = find_start(config), None, None
     while True:
         checkpoint = starts.send(fault)
-        with agreed_failure():
-            progress = read_progress(config, checkpoint, fingerprint)
-            data = build_run(config, progress.step, progress.consumed_samples, progress.data)
-            place = {"consumed_samples": progress.consumed_samples, "first_sample": data.position.first}
-            held_out = [loader(dataset) for dataset in (data.valid, data.test) if dataset is not None]
-            for probe in (loader(data.train, **place), *held_out):
-                if probe.remaining_steps:
-                    probe.next_step()  # data of another tokenizer show themselves at once
-        if engine is None:
-            runtime = Runtime(mesh, ops, dtype, device, config.train.seed, config.train.recompute)
-            _log_start(config, launch, runtime, data)
-            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports of memory
-                engine = build_engine(config, runtime)
-        if checkpoint is None:
-            break
         try:
-            load_checkpoint(engine, checkpoint)
+            with agreed_failure():
+                progress = read_progress(config, checkpoint, fingerprint)
+                data = build_run(config, progress.step, progress.consumed_samples, progress.data)
+                place = {"consumed_samples": progress.consumed_samples, "first_sample": data.position.first}
+                held_out = [loader(dataset) for dataset in (data.valid, data.test) if dataset is not None]
+                for probe in (loader(data.train, **place), *held_out):
+                    if probe.remaining_steps:
+                        probe.next_step()  # data of another tokenizer show themselves at once
+            if engine is None:
+                runtime = Runtime(mesh, ops, dtype, device, config.train.seed, config.train.recompute)
+                _log_start(config, launch, runtime, data)
+                with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports of memory
+                    engine = build_engine(config, runtime)
+            if checkpoint is not None:
+                load_checkpoint(engine, checkpoint)
+                logger.info("starting from %s at step %d", checkpoint, progress.step)
+            break
         except DamagedCheckpoint as error:
             fault = str(error)
-        else:
-            logger.info("starting from %s at step %d", checkpoint, progress.step)
-            break
     train_loader = loader(data.train, **place, num_workers=config.data.num_workers)
     with agreed_failure():  # and together, so that the first step's time is a step's
         metrics.open(progress.step)

@@ -156,18 +156,24 @@ Read = Callable[[], None]
 
 
 def reads(
-    owned: list[Fragment], optimizer: torch.optim.Optimizer, reader: Reader, optimizer_steps: int | None
+    parameters: list[nn.Parameter],
+    owned: list[Fragment],
+    optimizer: torch.optim.Optimizer,
+    reader: Reader,
+    optimizer_steps: int | None,
 ) -> dict[tuple[str, str], list[Read]]:
     """What fills this rank's masters and moments from a checkpoint of any layout, by the parameter's name and kind.
 
-    Where `optimizer_steps` is None there are no moments, nor those of before any more.
+    A parameter that is its own master (fp32, nothing partitioned) is not among them. Where `optimizer_steps` is None
+    there are no moments, nor those of before any more.
     """
     found: dict[tuple[str, str], list[Read]] = {}
+    own_masters = {id(parameter) for parameter in parameters}
     if optimizer_steps is None:
         optimizer.state.clear()
     for fragment in owned:
         spec, owner, start = fragment.spec, fragment.owner, fragment.flat_start
-        targets = {"weight": owner}
+        targets = {} if id(owner) in own_masters else {"weight": owner}
         if optimizer_steps is not None:
             state = optimizer.state[owner]
             for kind in MOMENTS:

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import TOKENIZER, CheckpointError, Reader, search, search_output
+from megatron_lite.checkpoint import (
+    TOKENIZER,
+    CheckpointError,
+    DamagedCheckpoint,
+    Reader,
+    search,
+    search_output,
+)
 from megatron_lite.config import Config
 from megatron_lite.parallel.parameter import spec_of
 from megatron_lite.training.engine import Engine
@@ -50,16 +57,21 @@ def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 @contextlib.contextmanager
 def agreed_failure() -> Iterator[None]:
-    """Turns a ValueError or OSError on any rank into a ValueError on every rank, so that none waits for another."""
+    """Turns a ValueError or OSError on any rank into a ValueError on every rank, so that none waits for another.
+
+    It is a DamagedCheckpoint where any rank's is, since that has a remedy.
+    """
     mine = None
     try:
         yield
     except (ValueError, OSError) as error:
-        mine = str(error)
-    faults = [(rank, fault) for rank, fault in enumerate(gather(mine)) if fault is not None]
+        mine = isinstance(error, DamagedCheckpoint), str(error)
+    faults = [(*fault, rank) for rank, fault in enumerate(gather(mine)) if fault is not None]
     if faults:
-        rank, fault = faults[0]
-        raise ValueError(fault if len(faults) == dist.get_world_size() else f"rank {rank}: {fault}")
+        damaged, fault, rank = max(faults, key=lambda fault: fault[0])
+        if len(faults) < dist.get_world_size():
+            fault = f"rank {rank}: {fault}"
+        raise DamagedCheckpoint(fault) if damaged else ValueError(fault)
 
 
 def metadata_of(engine: Engine, progress: Progress) -> dict[str, Any]:
@@ -215,6 +227,8 @@ def load_checkpoint(engine: Engine, path: Path) -> None:
             # Every rank makes its working copy of the weights, and where nothing is partitioned, of all.
             alone = engine.config.zero_stage > 0 or engine.mesh.data_size == 1
             reader = stack.enter_context(Reader(path, check=True, once=MOMENTS if alone else ()))
+            if engine.mesh.rank == 0:
+                reader.check_index()
             _check_model(engine, reader, names)
             weights_only = _weights_only(engine.config, reader)
             engine.load(reader, weights_only)
@@ -224,6 +238,8 @@ def load_checkpoint(engine: Engine, path: Path) -> None:
             "gather": gather,
         }
         reader.verify("weight" if weights_only else None, **ranks)
+        if not weights_only:
+            engine.load_loss_scale(reader)
 
 
 # What changes the function that the weights compute, without changing their shapes.

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lite.checkpoint import KINDS, CheckpointError, DamagedCheckpoint, Reader
+from megatron_lite.checkpoint import KINDS, CheckpointError, DamagedCheckpoint, Reader, side_by_side
 from megatron_lite.checkpoint import reader as module
+from megatron_lite.checkpoint.index import key_of
+from megatron_lite.checkpoint.layout import Stored
 from tests.checkpoint.ranks import Gather, cut, layout, random_state, save_state
 
 SOURCE = (2, 1, 2, 1)
@@ -20,13 +22,23 @@ FC2 = "blocks.0.mlp.linear_fc2.weight"
 def read_through(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The file and first byte of everything that `verify` reads."""
     found: list[tuple[str, int]] = []
-    original = module.crc_of_range
+    original, is_sound = module.crc_of_range, Reader._is_sound
+    mapping = threading.local()
 
     def noted(path: Path, begin: int, size: int) -> int:
-        found.append((path.name, begin))
+        if not getattr(mapping, "now", False):
+            found.append((path.name, begin))
         return original(path, begin, size)
 
+    def noted_mapping(reader: Reader, file: str, piece: Stored) -> bool:
+        mapping.now = True
+        try:
+            return is_sound(reader, file, piece)
+        finally:
+            mapping.now = False
+
     monkeypatch.setattr(module, "crc_of_range", noted)
+    monkeypatch.setattr(Reader, "_is_sound", noted_mapping)
     return found
 
 
@@ -43,7 +55,7 @@ def load(reader: Reader, owned: list, state: dict) -> None:
         target = torch.full((high - low,), torch.nan)
         wanted.append((target, cut(state[kind][name], dim, start, stop, low, high)))
         jobs.append([lambda t=target, at=(name, kind, dim, start, stop, low): reader.read_into(t, *at)])
-    reader.side_by_side(jobs)
+    side_by_side(jobs)
     assert all(torch.equal(target, expected) for target, expected in wanted)
 
 
@@ -142,3 +154,94 @@ def test_the_index_is_checked_by_one_for_all(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "check_coverage", refuse)
     (message,) = set(on_ranks(path, SOURCE, None))
     assert message is not None and "index.json: a hole" in message and len(asked) == 1
+
+
+@pytest.mark.parametrize("where", ["the piece", "the header"])
+def test_what_is_damaged_is_not_mapped(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of another cut are copied out of a mapping, which a bad sector would turn into the process's end."""
+    path = save_state(tmp_path, 1, random_state(0), *SOURCE)
+    with Reader(path) as reader:
+        name, piece = reader._pieces["weight", FC2][0]
+        begin = reader._files[name].offsets()[key_of(piece)]
+    file = path / name
+    flip(file, 20 if where == "the header" else begin)
+    mapped: list[str] = []
+    original = Reader._map
+    monkeypatch.setattr(
+        Reader, "_map", lambda reader, name, *rest: [mapped.append(name), original(reader, name, *rest)][1]
+    )
+    with Reader(path, check=True) as reader:
+        for start in range(0, 12, 3):
+            reader.read(FC2, dim=1, start=start, stop=start + 3)
+        assert set(mapped) and file.name not in mapped
+        with pytest.raises(DamagedCheckpoint, match=rf"{file.name} is damaged") as error:
+            reader.verify()
+        assert str(error.value).count("is damaged") == 1
+
+
+def test_bytes_that_are_other_when_read_again_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = save_state(tmp_path, 1, random_state(0)), Counter[int]()
+    original = module.read_values
+
+    def other(file: Path, begin: int, dtype: torch.dtype, out: torch.Tensor, **options: bool) -> int:
+        seen[begin] += 1
+        crc = original(file, begin, dtype, out, **options)
+        return crc ^ (seen[begin] == 2)
+
+    monkeypatch.setattr(module, "read_values", other)
+    with Reader(path, check=True) as reader:
+        for _ in range(2):
+            reader.read(FC2)
+        with pytest.raises(DamagedCheckpoint, match=FC2):
+            reader.verify()
+
+
+def test_nothing_is_written_any_more_when_a_read_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 16)
+    path, original = save_state(tmp_path, 1, random_state(0)), module.read_values
+    begun, failed = threading.Event(), threading.Event()
+
+    def slow(file: Path, begin: int, dtype: torch.dtype, out: torch.Tensor, **options: bool) -> int:
+        if not begun.is_set():
+            begun.set()
+            failed.wait(60)
+        elif not failed.is_set():
+            failed.set()
+            raise OSError("no such sector")
+        else:
+            failed.wait(60)
+            threading.Event().wait(0.3)
+        return original(file, begin, dtype, out, **options)
+
+    monkeypatch.setattr(module, "read_values", slow)
+    target = torch.zeros(60)
+    with Reader(path) as reader, pytest.raises(DamagedCheckpoint, match="no such sector"):
+        reader.read_into(target, FC2, "weight", None, 0, None, 0)
+    then = target.clone()
+    threading.Event().wait(0.7)
+    assert torch.equal(target, then)
+
+
+def test_as_many_faults_are_gathered_as_are_told(tmp_path: Path) -> None:
+    path = save_state(tmp_path, 1, random_state(0))
+    file = path / "rank_00000.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(bytes(size))
+    gathered: list[object] = []
+
+    def gather(value: object) -> list[object]:
+        gathered.append(value)
+        return [value]
+
+    with (
+        Reader(path) as reader,
+        pytest.raises(DamagedCheckpoint, match="; and more; use another step") as error,
+    ):
+        reader.verify(gather=gather)
+    assert str(error.value).count("is damaged") == 8
+    faults = gathered[-1]
+    assert isinstance(faults, list) and len(faults) == 9

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_lite.checkpoint import DamagedCheckpoint
 from megatron_lite.checkpoint import reader as reader_module
+from megatron_lite.checkpoint.index import FileEntry, read_index, write_index
 from megatron_lite.checkpoint.latest import write_latest
 from megatron_lite.checkpoint.reshard import reshard
 from megatron_lite.training.engine import Engine
@@ -151,3 +154,60 @@ def test_what_one_rank_alone_reads_goes_past_the_page_cache(case: Case, past: bo
         run_ranks(case.world_size, read_past_the_cache, within(case, tmp_path))
         == [{"step_00000002"} if past else set()] * case.world_size
     )
+
+
+def load_without_a_file(case: Case) -> tuple[str, list[str], dict[str, Any]]:
+    """The second rank does not see a file of the newest step, as on a file system that is late."""
+    if dist.get_rank() == 1:
+        original = reader_module.check_size
+
+        def late(folder: Path, entry: FileEntry) -> str | None:
+            if folder.name == "step_00000002":
+                return f"{folder / entry.file} is missing"
+            return original(folder, entry)
+
+        reader_module.check_size = late
+    path, faults, _, state = load(case)
+    return path, faults, state
+
+
+def test_what_one_rank_cannot_open_is_damaged_for_all(tmp_path: Path) -> None:
+    first, *_ = run_ranks(2, save_two, within(Case(data=2), tmp_path))
+    for path, faults, state in run_ranks(2, load_without_a_file, within(Case(data=2), tmp_path)):
+        assert path == "step_00000001" and state == first
+        assert len(faults) == 1 and faults[0].startswith("rank 1: ") and "is missing" in faults[0]
+
+
+def test_an_index_with_a_hole_is_damaged(tmp_path: Path) -> None:
+    first, *_ = run_ranks(2, save_two, within(Case(data=2), tmp_path))
+    folder = tmp_path / "checkpoints/step_00000002"
+    index = read_index(folder)
+    entry = index.files[0]
+    del entry.pieces[(key := next(iter(entry.pieces)))], entry.written.tensor_crcs[key]
+    write_index(folder, index)
+    for path, faults, _, state in run_ranks(2, load, within(Case(data=2), tmp_path)):
+        assert path == "step_00000001" and state == first
+        assert len(faults) == 1 and "index.json: " in faults[0]
+
+
+def read_into_what(case: Case) -> list[int]:
+    """Where in memory each whole piece was read to."""
+    found = []
+    read = reader_module.read_values
+
+    def noted(path: Path, begin: int, dtype: torch.dtype, out: torch.Tensor, **options: Any) -> int:
+        found.append(out.data_ptr())
+        return read(path, begin, dtype, out, **options)
+
+    reader_module.read_values = noted
+    load_start(make_engine(case.config()))
+    return found
+
+
+@pytest.mark.parametrize(
+    "case", [Case(), Case(data=2, zero=0), Case(data=2), Case(precision="bf16")], ids=str
+)
+def test_nothing_is_read_twice_to_the_same_place(case: Case, tmp_path: Path) -> None:
+    run_ranks(case.world_size, save_two, within(case, tmp_path))
+    for places in run_ranks(case.world_size, read_into_what, within(case, tmp_path)):
+        assert places and len(set(places)) == len(places)
