@@ -175,10 +175,10 @@ def find_checkpoint(options: argparse.Namespace, launch: Launch) -> Path:
         assert folder is not None, "the first rank found one or raised"
         if options.no_check:
             return folder
-        ranks: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size}
         with together(launch, lambda: Reader(folder)) as reader:  # noqa: B023
             try:
-                reader.verify("weight", **ranks, gather=partial(gather, launch))
+                together_with = partial(gather, launch)
+                reader.verify("weight", rank=launch.rank, world_size=launch.world_size, gather=together_with)
             except DamagedCheckpoint as error:
                 fault = str(error)
             else:

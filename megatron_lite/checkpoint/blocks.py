@@ -112,9 +112,8 @@ class BlockWriter:
                 except OSError as error:
                     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or refused:
                         raise
-                    refused = (
-                        True  # the rest of a write cut short, or a file system that wants another alignment
-                    )
+                    # The rest of a write cut short, or a file system that wants another alignment.
+                    refused = True
                     set_direct(self._file, False)
 
     def _finish(self) -> None:

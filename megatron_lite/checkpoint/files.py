@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,6 +121,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(beside, path)
     fsync_directory(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Put `content` at `path`, as `write_atomically` does, for people to read."""
+    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def fsync_directory(path: Path) -> None:

@@ -8,7 +8,6 @@ file. The index is written last, so a folder that has one is complete.
 
 from __future__ import annotations
 
-import itertools
 import json
 import zlib
 from collections.abc import Mapping
@@ -25,12 +24,21 @@ FORMAT = "megatron_lite"
 # The key of the metadata that tells which tokenizer the weights were trained with.
 TOKENIZER = "tokenizer_fingerprint"
 VERSION = 2  # 1 had the checksum of the content with its keys sorted
+HEADER = "its header"  # of a file, beside the keys of its pieces, which all have slashes
 _HEAD = '{"checksum":"crc32:%08x","content":'
 
 
 def key_of(piece: Stored) -> str:
     """The name of a piece inside its file: enough to piece a parameter together without the index."""
     return f"{piece.kind}/{piece.name}/{piece.span.start}:{piece.span.stop}/{piece.span.flat_start}"
+
+
+class Range(NamedTuple):
+    """Where something lies in its file, in bytes, and its checksum."""
+
+    begin: int
+    size: int
+    crc: int
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,16 @@ class FileEntry:
         """The shape, and the dimension that is sharded, of each parameter that the file holds something of."""
         return {piece.name: {"shape": list(piece.shape), "dim": piece.dim} for piece in self.pieces.values()}
 
-    def sizes(self) -> list[int]:
-        """Bytes of the pieces, in file order."""
-        pieces = [self.pieces[key] for key in self.written.tensor_crcs]
-        return [
-            (piece.span.flat_stop - piece.span.flat_start) * DTYPES_BY_NAME[piece.dtype].itemsize
-            for piece in pieces
-        ]
-
-    def offsets(self) -> dict[str, int]:
-        """Where each piece begins in the file."""
-        begins = itertools.accumulate(self.sizes(), initial=self.written.header_bytes)
-        return dict(zip(self.written.tensor_crcs, begins, strict=False))
+    def ranges(self) -> dict[str, Range]:
+        """The header, under HEADER, and the pieces, in file order."""
+        begin = self.written.header_bytes
+        found = {HEADER: Range(0, begin, self.written.header_crc)}
+        for key, crc in self.written.tensor_crcs.items():
+            piece = self.pieces[key]
+            size = (piece.span.flat_stop - piece.span.flat_start) * DTYPES_BY_NAME[piece.dtype].itemsize
+            found[key] = Range(begin, size, crc)
+            begin += size
+        return found
 
     @classmethod
     def from_json(cls, file: str, entry: Mapping[str, Any], parameters: Mapping[str, Any]) -> FileEntry:

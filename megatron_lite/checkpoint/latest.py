@@ -120,9 +120,9 @@ def search(path: str | Path, *, checksums: bool | str = False) -> Search:
 
 def _remedy(path: Path) -> str:
     """What to give instead of a folder without a checkpoint, by what else it holds."""
+    importing = f"import it with tools/convert_checkpoint.py --load {path} --save DIR --to megatron_lite, and give DIR"
     if any(path.glob("*.safetensors")) and (path / "config.json").is_file():
-        importing = f"tools/convert_checkpoint.py --load {path} --save DIR --to megatron_lite"
-        return f"it is a Hugging Face model: import it with {importing}, and give DIR"
+        return f"it is a Hugging Face model: {importing}"
     if any(path.glob("*.safetensors")) and (path / "model_config.json").is_file():
         exported = (
             "it holds weights for other programs, as tools/convert_checkpoint.py --to safetensors writes them"
@@ -137,8 +137,7 @@ def _remedy(path: Path) -> str:
         ".metadata",
     )
     if any(any(path.glob(marker)) for marker in foreign):
-        importing = f"tools/convert_checkpoint.py --load {path} --save DIR --to megatron_lite"
-        return f"it is a Megatron-LM or DeepSpeed checkpoint: import it with {importing}, and give DIR"
+        return f"it is a Megatron-LM or DeepSpeed checkpoint: {importing}"
     return "give a step folder or a run's output directory"
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megatron_lite.checkpoint.files import DTYPES_BY_NAME
-from megatron_lite.checkpoint.index import INDEX, check_size, key_of, read_index
+from megatron_lite.checkpoint.index import HEADER, INDEX, Range, check_size, key_of, read_index
 from megatron_lite.checkpoint.layout import (
     Span,
     Stored,
@@ -33,10 +33,6 @@ from megatron_lite.checkpoint.ranges import crc_of_range, read_values
 _READERS = 4  # threads: fast disks, and those over a network, give one reader a part of their speed only
 _CHUNK = 1 << 23  # bytes of a large piece that a thread takes
 _SHOWN = 8  # faults in a message
-_HEADER = "its header"
-
-# What can be checked: its file and name, where it begins, its bytes and its checksum.
-Range = tuple[str, str, int, int, int]
 
 
 class Reader:
@@ -63,7 +59,7 @@ class Reader:
             for piece in entry.pieces.values():
                 self._pieces.setdefault((piece.kind, piece.name), []).append((entry.file, piece))
         self._mapped: dict[str, Any] = {}
-        self._offsets: dict[str, dict[str, int]] = {}
+        self._ranges: dict[str, dict[str, Range]] = {}
         self._check, self._once = check, frozenset(once)
         self._covered = False
         self._checked: set[tuple[str, str]] = set()
@@ -79,7 +75,7 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        """Close the files; the reader opens them again where it is used again."""
+        """Unmap the files; the reader maps them again where it is used again."""
         self._mapped.clear()
 
     @property
@@ -122,16 +118,21 @@ class Reader:
                 self.check_index()
             except DamagedCheckpoint as error:
                 self._faults.append(str(error))
-        ranges = self._ranges(kind)
-        own_done = np.packbits([(file, key) in self._checked for file, key, *_ in ranges])
+        wanted = [
+            (file, key)
+            for file, entry in self._files.items()
+            for key in self._ranges_of(file)
+            if kind is None or key == HEADER or entry.pieces[key].kind == kind
+        ]
+        own_done = np.packbits([one in self._checked for one in wanted])
         packed = np.array([np.frombuffer(one, np.uint8) for one in gather(own_done.tobytes())])
-        done = np.unpackbits(np.bitwise_or.reduce(packed), count=len(ranges)).astype(bool)
-        left = [one for one, checked in zip(ranges, done, strict=True) if not checked]
-        sizes = np.array([size for *_, size, _ in left], np.int64)
+        done = np.unpackbits(np.bitwise_or.reduce(packed), count=len(wanted)).astype(bool)
+        left = [one for one, checked in zip(wanted, done, strict=True) if not checked]
+        sizes = np.array([self._ranges[file][key].size for file, key in left], np.int64)
         # Each rank takes what lies next to each other, about as many bytes as the others.
         turns = (sizes.cumsum() - (sizes + 1) // 2) * world_size // max(int(sizes.sum()), 1)
         own = [one for one, turn in zip(left, turns, strict=True) if turn == rank]
-        self._faults += filter(None, self._pool.map(self._fault_of_range, own))
+        self._faults += filter(None, self._pool.map(lambda one: self._fault_of_range(*one), own))
         # No more of them than are told: those of a lost disk, from each of a thousand ranks, would be gigabytes.
         shown = list(dict.fromkeys(self._faults))[: _SHOWN + 1]
         _raise_on(fault for faults in gather(shown) for fault in faults)
@@ -145,19 +146,13 @@ class Reader:
                 raise DamagedCheckpoint(f"{self.path / INDEX}: {error}") from error
             self._covered = True
 
-    def _ranges(self, kind: str | None) -> list[Range]:
-        """Everything that can be checked, or what is of one kind and the headers."""
-        found = []
-        for file, entry in self._files.items():
-            written, offsets = entry.written, entry.offsets()
-            found.append((file, _HEADER, 0, written.header_bytes, written.header_crc))
-            for (key, crc), size in zip(written.tensor_crcs.items(), entry.sizes(), strict=True):
-                if kind in (None, entry.pieces[key].kind):
-                    found.append((file, key, offsets[key], size, crc))
-        return found
+    def _ranges_of(self, file: str) -> dict[str, Range]:
+        if file not in self._ranges:
+            self._ranges[file] = self._files[file].ranges()
+        return self._ranges[file]
 
-    def _fault_of_range(self, what: Range) -> str | None:
-        file, key, begin, size, crc = what
+    def _fault_of_range(self, file: str, key: str) -> str | None:
+        begin, size, crc = self._ranges_of(file)[key]
         try:
             return None if crc_of_range(self.path / file, begin, size) == crc else self._damage(file, key)
         except OSError as error:
@@ -311,38 +306,30 @@ class Reader:
     def _is_sound(self, file: str, piece: Stored) -> bool:
         """Whether a piece is as it was written, and the header that leads to it: a bad sector behind a mapping would
         end the process."""
-        key, written = key_of(piece), self._files[file].written
-        size = (piece.span.flat_stop - piece.span.flat_start) * DTYPES_BY_NAME[piece.dtype].itemsize
-        header = (file, _HEADER, 0, written.header_bytes, written.header_crc)
-        for one in (header, (file, key, self._offset(file, key), size, written.tensor_crcs[key])):
-            if one[:2] not in self._checked:
-                if fault := self._fault_of_range(one):
+        for key in (HEADER, key_of(piece)):
+            if (file, key) not in self._checked:
+                if fault := self._fault_of_range(file, key):
                     self._faults.append(fault)
                     return False
-                self._checked.add(one[:2])
+                self._checked.add((file, key))
         return True
-
-    def _offset(self, file: str, key: str) -> int:
-        """Where a piece begins in its file."""
-        if file not in self._offsets:
-            self._offsets[file] = self._files[file].offsets()
-        return self._offsets[file][key]
 
     def _read(self, file: str, piece: Stored, begin: int, out: torch.Tensor) -> None:
         """The elements of a piece from `begin` on into `out`, contiguous."""
         key, path, dtype = key_of(piece), self.path / file, DTYPES_BY_NAME[piece.dtype]
-        at = self._offset(file, key) + begin * dtype.itemsize
+        held = self._ranges_of(file)[key]
+        at = held.begin + begin * dtype.itemsize
         flat = out.as_strided((out.numel(),), (1,))  # a single element may have any stride
-        whole = flat.numel() == piece.span.flat_stop - piece.span.flat_start
+        size = flat.numel() * dtype.itemsize
         with self._reading(file):
-            if self._check and whole:
+            if self._check and size == held.size:
                 crc = read_values(path, at, dtype, flat, summed=True, past_cache=piece.kind in self._once)
-                if crc != self._files[file].written.tensor_crcs[key]:
+                if crc != held.crc:
                     self._faults.append(self._damage(file, key))
                 self._checked.add((file, key))
                 return
             parts = flat.split(_CHUNK // dtype.itemsize)
-            begins = range(at, at + flat.numel() * dtype.itemsize, _CHUNK)
+            begins = range(at, at + size, _CHUNK)
             read = partial(read_values, path, dtype=dtype, summed=False, past_cache=piece.kind in self._once)
             reads = [
                 self._pool.submit(read, begin, out=part) for begin, part in zip(begins, parts, strict=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import write_atomically
+from megatron_lite.checkpoint.files import write_json
 from megatron_lite.checkpoint.layout import Piece
 from megatron_lite.checkpoint.store import save_files
 from megatron_lite.config import ModelConfig
@@ -65,5 +64,5 @@ def save_import(
         raise CheckpointError(f"{target / CONFIG} is there already; give another folder")
     folder = save_files(target, step, [pieces], metadata)
     if tree is not None:
-        write_atomically(target / CONFIG, f"{json.dumps(tree, indent=2)}\n".encode())
+        write_json(target / CONFIG, tree)
     return folder

@@ -216,10 +216,9 @@ class Engine:
 
     def load(self, reader: Reader, weights_only: bool = False) -> None:
         """Takes weights (and masters, moments) from a checkpoint written by any layout."""
-        state = reader.metadata.get("engine", {})
         parameters = list(self.module.parameters())
         owned = optimizer_state.fragments(parameters, self.optimizer, self.deepspeed.optimizer)
-        steps = None if weights_only else int(state.get("optimizer_steps", 0))
+        steps = None if weights_only else int(reader.metadata.get("engine", {}).get("optimizer_steps", 0))
         reads = optimizer_state.reads(parameters, owned, self.optimizer, reader, steps)
         jobs: list[list[optimizer_state.Read]] = []
         for parameter in parameters:

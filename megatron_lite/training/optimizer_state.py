@@ -178,7 +178,7 @@ def reads(
             state = optimizer.state[owner]
             for kind in MOMENTS:
                 if kind not in state:  # the buffers do not exist before the first step
-                    state[kind] = torch.zeros_like(owner, requires_grad=False)
+                    state[kind] = torch.zeros_like(owner)
             state["step"] = torch.tensor(float(optimizer_steps), device=owner.device)
             targets |= {kind: state[kind] for kind in MOMENTS}
         for kind, target in targets.items():

@@ -232,12 +232,8 @@ def load_checkpoint(engine: Engine, path: Path) -> None:
             _check_model(engine, reader, names)
             weights_only = _weights_only(engine.config, reader)
             engine.load(reader, weights_only)
-        ranks: dict[str, Any] = {
-            "rank": dist.get_rank(),
-            "world_size": dist.get_world_size(),
-            "gather": gather,
-        }
-        reader.verify("weight" if weights_only else None, **ranks)
+        kind, world_size = "weight" if weights_only else None, dist.get_world_size()
+        reader.verify(kind, rank=dist.get_rank(), world_size=world_size, gather=gather)
         if not weights_only:
             engine.load_loss_scale(reader)
 

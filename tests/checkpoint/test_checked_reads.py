@@ -122,8 +122,8 @@ def test_damage_is_noted_until_it_is_asked_for(tmp_path: Path, read_through: lis
     path = save_state(tmp_path, 1, random_state(0))
     file = path / "rank_00000.safetensors"
     with Reader(path) as reader:
-        offsets = reader._files[file.name].offsets()
-        begin = next(at for key, at in offsets.items() if key.startswith(f"weight/{FC2}/"))
+        ranges = reader._files[file.name].ranges()
+        begin = next(held.begin for key, held in ranges.items() if key.startswith(f"weight/{FC2}/"))
     flip(file, begin + 8)
     with Reader(path, check=True) as reader:
         reader.read(FC2)  # damaged, and still here for verify to say
@@ -162,7 +162,7 @@ def test_what_is_damaged_is_not_mapped(where: str, tmp_path: Path, monkeypatch: 
     path = save_state(tmp_path, 1, random_state(0), *SOURCE)
     with Reader(path) as reader:
         name, piece = reader._pieces["weight", FC2][0]
-        begin = reader._files[name].offsets()[key_of(piece)]
+        begin = reader._files[name].ranges()[key_of(piece)].begin
     file = path / name
     flip(file, 20 if where == "the header" else begin)
     mapped: list[str] = []

@@ -71,7 +71,7 @@ def damage(path: Path, kind: str) -> None:
     with reader_module.Reader(path.parent) as reader:
         entry = reader._files[path.name]
         key = [key for key, piece in entry.pieces.items() if piece.kind == kind][-1]
-        at = entry.offsets()[key]
+        at = entry.ranges()[key].begin
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)

@@ -18,8 +18,9 @@ from megatron_lite.training import saver as saver_module
 from megatron_lite.training.loop import _failed_saves_end_the_run
 from megatron_lite.training.resilience import RunFailed
 from megatron_lite.training.saver import RankLost, Saver, without_room
-from megatron_lite.training.saving import Progress, gather
+from megatron_lite.training.saving import gather
 from tests.distributed import RankFailed, run_ranks
+from tests.training.saves import failure_of, logged, progress
 from tests.training_case import Case, import_what_ranks_import, make_engine, train
 
 
@@ -30,21 +31,6 @@ def _imported() -> None:
 
 def case(folder: Path, **layout: Any) -> Case:
     return Case(**layout, settings={"train.output_dir": str(folder)})
-
-
-def progress(step: int) -> Progress:
-    return Progress(step, step * 8, step * 128)
-
-
-def warnings() -> list[str]:
-    """What the saver of this process warns of from now on."""
-    messages: list[str] = []
-
-    def note(message: str, *args: Any) -> None:
-        messages.append(message % args)
-
-    saver_module.logger.warning = note  # type: ignore[method-assign, assignment]
-    return messages
 
 
 def reduce_meanwhile(case: Case) -> None:
@@ -91,13 +77,9 @@ def fail_on_one(case: Case) -> tuple[str, bool]:
     with Saver(engine) as saver:
         saver.save(progress(1))
         saver.save(progress(2))
-        assert saver._thread is not None
-        saver._thread.join(60)
-        failed = saver.failed
-        with pytest.raises(CheckpointError) as error:
-            saver.wait()
+        failure = failure_of(saver)
         saver.save(progress(3))
-    return str(error.value), failed
+    return failure
 
 
 def test_what_fails_on_one_rank_is_heard_by_all_and_the_next_save_is_whole(tmp_path: Path) -> None:
@@ -190,7 +172,7 @@ def test_the_end_raises_what_failed_in_the_background_but_not_for_what_ended_the
 
 def save_with_room(case: Case, missing: int) -> tuple[list[str], bool]:
     """Saves where twice what all ranks hold is free, but for some bytes."""
-    engine, messages = make_engine(case.config()), warnings()
+    engine, messages = make_engine(case.config()), logged("warning")
     train(engine, range(1))
     held = sum(gather(sum(piece.data.nbytes for piece in engine.pieces())))  # type: ignore[union-attr]
     saver_module.available_bytes = lambda: 2 * held - missing  # type: ignore[attr-defined]

@@ -11,33 +11,18 @@ import pytest
 import torch
 
 import megatron_lite.checkpoint.store as store
-from megatron_lite.checkpoint import KINDS, CheckpointError, HostCopy, Reader, resolve
+from megatron_lite.checkpoint import KINDS, HostCopy, Reader, resolve
 from megatron_lite.training import saver as saver_module
 from megatron_lite.training.engine import Engine
 from megatron_lite.training.saver import Saver
-from megatron_lite.training.saving import Progress
 from tests.distributed import run_ranks
+from tests.training.saves import failure_of, logged, progress
 from tests.training_case import Case, import_what_ranks_import, make_engine, train
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported() -> None:
     import_what_ranks_import()
-
-
-def progress(step: int) -> Progress:
-    return Progress(step, step * 8, step * 128)
-
-
-def logged(level: str) -> list[str]:
-    """What the saver of this process says from now on."""
-    messages: list[str] = []
-
-    def note(message: str, *args: Any) -> None:
-        messages.append(message % args)
-
-    setattr(saver_module.logger, level, note)
-    return messages
 
 
 def slow_copies(engine: Engine) -> None:
@@ -155,13 +140,9 @@ def fail_copying(case: Case) -> tuple[str, bool]:
             saver.save(progress(step))
             saved.append(step)
         train(engine, range(2, 3))
-        assert saver._thread is not None
-        saver._thread.join(60)
-        failed = saver.failed
-        with pytest.raises(CheckpointError) as error:
-            saver.wait()
+        failure = failure_of(saver)
         saver.save(progress(3))
-    return str(error.value), failed
+    return failure
 
 
 def test_a_copy_that_fails_is_an_error_of_its_save_and_no_update_waits_for_it(tmp_path: Path) -> None:

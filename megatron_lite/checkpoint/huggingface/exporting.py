@@ -13,7 +13,13 @@ from typing import Any
 import torch
 
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.files import Deferred, fsync_directory, write_atomically, write_safetensors
+from megatron_lite.checkpoint.files import (
+    Deferred,
+    fsync_directory,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 from megatron_lite.checkpoint.huggingface.config import to_huggingface
 from megatron_lite.checkpoint.huggingface.folder import (
     CONFIG,
@@ -172,7 +178,7 @@ def write_weights(
         for path, shard in zip(temporary, shards, strict=True):
             write_safetensors(path, shard, {"format": "pt"})
         left = _left_behind(target)
-        _write_json(target / UNFINISHED, {"weights": sorted({*files, *(file.name for file in left)})})
+        write_json(target / UNFINISHED, {"weights": sorted({*files, *(file.name for file in left)})})
     except BaseException:
         _remove(temporary)
         raise
@@ -188,7 +194,7 @@ def write_weights(
     for name, data in others.items():
         write_atomically(target / name, data)
     for name, content in described.items():
-        _write_json(target / name, content)
+        write_json(target / name, content)
     _remove([target / UNFINISHED])
     return files
 
@@ -218,7 +224,3 @@ def _left_behind(target: Path) -> list[Path]:
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
